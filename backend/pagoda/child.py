@@ -1,0 +1,53 @@
+"""A child process that cannot outlive its parent: it lives as long as its standard input stays open."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+
+class Child:
+    """`python -m module`, told `start` as one line of JSON on its standard input."""
+
+    def __init__(self, module: str, start: msgspec.Struct, directory: Path) -> None:
+        # sys.executable is the stub's own binary inside Triton; the prefix is right in both places.
+        python = Path(sys.prefix) / "bin" / "python3"
+        self._process = subprocess.Popen([str(python), "-m", module], stdin=subprocess.PIPE, cwd=directory)
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(start) + b"\n")
+        self._process.stdin.flush()
+        self.pidfd = os.pidfd_open(self._process.pid)
+        """Readable once the process has ended."""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; negative for a signal."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self, grace: float) -> None:
+        """Close its standard input, wait `grace` seconds, then kill; returns when it is gone."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=grace)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self.pidfd)
+
+
+def describe_exit(status: int) -> str:
+    return f"by signal {-status}" if status < 0 else f"with status {status}"

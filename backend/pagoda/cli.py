@@ -1,0 +1,286 @@
+"""The command line. `pagoda --help` lists it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pagoda import __version__, openai_stream
+from pagoda.bench.cli import app as bench_app
+from pagoda.errors import PagodaError
+from pagoda.server import settings as service
+from pagoda.server import store
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Serve language models with Triton.")
+app.add_typer(bench_app, name="bench")
+console = Console(highlight=False)
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+RunFolder = Annotated[
+    Optional[Path], typer.Option("--run-folder", help="Logs and instance file of one running service.", show_default="$PAGODA_HOME/run")
+]
+ApiKey = Annotated[Optional[str], typer.Option(envvar="PAGODA_API_KEY", help="Key the server asks for.")]
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """What we raise on purpose is shown as a sentence, not as a stack."""
+    try:
+        yield
+    except PagodaError as error:
+        console.print(f"[red]error:[/red] {error.message}", markup=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def serve(
+    model: Annotated[Optional[str], typer.Option(help="Serve this one model: a folder, or a name in the store.")] = None,
+    model_repository: Annotated[Optional[Path], typer.Option(help="Serve every model of a Triton repository.")] = None,
+    served_model_name: Annotated[Optional[str], typer.Option(help="Name of --model in the API.")] = None,
+    host: Annotated[str, typer.Option(help="Address of the frontend; 0.0.0.0 opens it to others.")] = "127.0.0.1",
+    port: int = 9000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    http_port: int = 8000,
+    triton_http: Annotated[bool, typer.Option("--triton-http", help="Open Triton's HTTP port, on loopback.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Frontend processes.")] = 2,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="Engine parameter of --model, as name=value.")] = None,
+    api_key: ApiKey = None,
+    run_folder: RunFolder = None,
+) -> None:
+    """Start Triton and the OpenAI frontend, watch them, end both on Ctrl-C."""
+    if model is not None and model_repository is not None:
+        raise typer.BadParameter("give --model or --model-repository, not both")
+    if set_ and model_repository is not None:
+        raise typer.BadParameter("--set goes with --model; a repository's parameters are in its config.pbtxt")
+    logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    scratch = Path(tempfile.mkdtemp(prefix="pagoda-repository-"))
+    with clear_errors():
+        try:
+            settings = service.ServeSettings(
+                model_repository=model_repository or _repository_of(scratch, model, served_model_name, set_ or []),
+                host=host,
+                port=port,
+                grpc_port=grpc_port,
+                metrics_port=metrics_port,
+                http_port=http_port,
+                triton_http=triton_http,
+                workers=workers,
+                api_key=api_key,
+                run_folder=run_folder or service.default_run_folder(),
+            )
+            _check_repository(settings.model_repository)
+            _run(settings)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _repository_of(scratch: Path, model: str | None, name: str | None, assignments: list[str]) -> Path:
+    if model is None:
+        with _progress("the embedded default model") as update:
+            model = str(store.pull_default(update))
+    folder = store.resolve(model, relative_to=Path.cwd())
+    parameters = dict(_assignment(text) for text in assignments)
+    return service.single_model_repository(scratch, str(folder), name or folder.name, parameters)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--set {text}: write name=value")
+    return name, value
+
+
+def _check_repository(folder: Path) -> None:
+    if not folder.is_dir() or not any(folder.glob("*/config.pbtxt")):
+        raise typer.BadParameter(f"{folder} is no model repository: it needs MODEL/config.pbtxt and MODEL/1/")
+
+
+def _run(settings: service.ServeSettings) -> None:
+    from pagoda.server.supervisor import Supervisor  # noqa: PLC0415 - gRPC loads in a second
+
+    began = time.monotonic()
+
+    def announce(supervisor: Supervisor) -> None:
+        names = supervisor.registry.names()
+        console.print(f"\n[bold]Pagoda {__version__}[/bold] serves {', '.join(names)}")
+        instance = supervisor.instance()
+        console.print(f"  OpenAI API     {instance.url}/v1      health {instance.url}/health")
+        console.print(f"  Triton gRPC    {instance.grpc_address}")
+        console.print(f"  Triton metrics {instance.metrics_url}")
+        if instance.http_url:
+            console.print(f"  Triton HTTP    {instance.http_url}")
+        console.print(f"  logs           {settings.logs}\n")
+        console.print(_curl_line(instance.url, names[0], settings.api_key), soft_wrap=True)
+        proof.append(asyncio.create_task(asyncio.to_thread(_prove, instance.url, names[0], settings.api_key, began)))
+
+    proof: list[asyncio.Task[None]] = []
+    asyncio.run(Supervisor(settings, announce).run())
+    console.print("stopped")
+
+
+def _curl_line(url: str, model: str, api_key: str | None) -> str:
+    key = " -H 'authorization: Bearer ...'" if api_key else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    return f"curl -s {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'\n"
+
+
+def _prove(url: str, model: str, api_key: str | None, began: float) -> None:
+    """One short answer, streamed, to show that the whole path works."""
+    try:
+        pieces = []
+        first = None
+        for piece in openai_stream.stream_chat(url, model, QUESTION, api_key=api_key, temperature=0, max_tokens=32):
+            first = first or (time.monotonic() if piece else None)
+            pieces.append(piece)
+        took = (first or time.monotonic()) - began
+        console.print(f"> {QUESTION[0]['content']}\n{''.join(pieces)}")
+        console.print(f"(first token {took:.1f} s after the start; Ctrl-C ends the service)\n")
+    except PagodaError as error:
+        console.print(f"[red]the first answer failed:[/red] {error.message}")
+
+
+@app.command()
+def stop(run_folder: RunFolder = None) -> None:
+    """End the service that runs from a run folder."""
+    folder = run_folder or service.default_run_folder()
+    instance = service.read_instance(folder)
+    if instance is None:
+        console.print(f"no service runs from {folder}")
+        return
+    os.kill(instance.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 15
+    while service.read_instance(folder) is not None:
+        if time.monotonic() > deadline:
+            console.print(f"[red]error:[/red] process {instance.pid} did not end in 15 s; see {folder / 'logs'}")
+            raise typer.Exit(1)
+        time.sleep(0.1)
+    console.print("stopped")
+
+
+@app.command()
+def load(name: str, run_folder: RunFolder = None) -> None:
+    """Load a model of the running service's repository."""
+    _repository_call("load", name, run_folder)
+
+
+@app.command()
+def unload(name: str, run_folder: RunFolder = None) -> None:
+    """Unload a model; its requests get a few seconds to finish."""
+    _repository_call("unload", name, run_folder)
+
+
+def _repository_call(verb: str, name: str, run_folder: Path | None) -> None:
+    from pagoda.triton_client import Triton  # noqa: PLC0415 - gRPC loads in a second
+
+    instance = service.read_instance(run_folder or service.default_run_folder())
+    if instance is None:
+        console.print("[red]error:[/red] no service runs; start one with `pagoda serve`")
+        raise typer.Exit(1)
+
+    async def call() -> None:
+        triton = Triton(instance.grpc_address, instance.secret)
+        await getattr(triton, verb)(name)
+        await triton.close()
+
+    with clear_errors():
+        asyncio.run(call())
+    console.print(f"{verb}ed {name}" if verb == "load" else f"{name} is being unloaded")
+
+
+@app.command()
+def pull(
+    folder: Annotated[Optional[Path], typer.Argument(help="A local Hugging Face folder; without it, the embedded default.")] = None,
+    name: Annotated[Optional[str], typer.Option(help="Its name in the store.")] = None,
+) -> None:
+    """Put a model into the store."""
+    with clear_errors():
+        if folder is not None:
+            console.print(f"{store.pull_folder(folder, name)}")
+            return
+        with _progress("the embedded default model") as update:
+            path = store.pull_default(update)
+        console.print(f"{path}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"preparing {what}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="A running frontend.")] = "http://127.0.0.1:9000",
+    model: Annotated[Optional[str], typer.Option(help="By default the first one.")] = None,
+    temperature: float = 0.2,
+    max_tokens: int = 512,
+    api_key: ApiKey = None,
+) -> None:
+    """Talk to a running server; an empty line or Ctrl-D ends."""
+    with clear_errors():
+        name = model or _first_model(url, api_key)
+        console.print(f"{name} at {url}; an empty line ends\n")
+        messages: list[dict[str, str]] = []
+        while question := _ask():
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            parameters = {"temperature": temperature, "max_tokens": max_tokens}
+            for piece in openai_stream.stream_chat(url, name, messages, api_key=api_key, **parameters):
+                console.out(piece, end="", highlight=False)
+                answer += piece
+            console.print("\n")
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _first_model(url: str, api_key: str | None) -> str:
+    models = openai_stream.get_json(f"{url}/v1/models", api_key)["data"]
+    if not models:
+        raise openai_stream.ServerError("the server has no model loaded: `pagoda load NAME`")
+    return str(models[0]["id"])
+
+
+def _ask() -> str:
+    try:
+        return console.input("[bold]you>[/bold] ").strip()
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return ""
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: what is there, what is missing, and how to mend it."""
+    from pagoda.server.doctor import checks  # noqa: PLC0415 - only this command needs it
+
+    found = checks()
+    marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
+    for check in found:
+        console.print(f"{marks[check.status]}  [bold]{check.name}[/bold]: {check.detail}")
+        if check.remedy:
+            console.print(f"      → {check.remedy}")
+    if any(check.status == "fail" for check in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(__version__)

@@ -1,0 +1,217 @@
+"""A session seen from its client: requests go out in frames, each request's tokens come back as a stream of its own.
+
+Knows no transport: `send` takes frames, `feed` takes payloads. The frontend's transport is Triton's gRPC stream
+(`pagoda.triton_client`), the text worker's is ZeroMQ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Literal
+
+from pagoda import protocol as wire
+from pagoda.errors import EngineUnavailable, PagodaError, from_code
+from pagoda.sampling_params import SamplingParams
+
+log = logging.getLogger("pagoda.client")
+
+PING_INTERVAL = 0.5
+"""Seconds between two pings."""
+
+State = Literal["opening", "ready", "down", "closed"]
+
+
+class RequestStream:
+    """The outputs of one request. Those not yet taken are merged, so a slow taker holds one output at most."""
+
+    def __init__(self, session: Session, request_id: int) -> None:
+        self.id = request_id
+        self._session = session
+        self._next: wire.Output | None = None
+        self._error: PagodaError | None = None
+        self._ended = False
+        self._arrived = asyncio.Event()
+
+    @property
+    def num_buffered(self) -> int:
+        """Tokens that wait to be taken."""
+        return len(self._next.token_ids) if self._next else 0
+
+    def put(self, output: wire.Output) -> None:
+        if self._next is not None:
+            tokens = self._next.token_ids + output.token_ids
+            usage = output.usage or self._next.usage
+            output = wire.Output(self.id, self._next.index, tokens, output.finish_reason, usage)
+        self._next = output
+        self._arrived.set()
+
+    def fail(self, error: PagodaError) -> None:
+        self._error = error
+        self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[wire.Output]:
+        """Outputs until one with a finish reason. Raises the error that ended the request instead."""
+        while not self._ended:
+            await self._arrived.wait()
+            self._arrived.clear()
+            output, self._next = self._next, None
+            if output is not None:
+                self._ended = output.finish_reason is not None
+                yield output
+            elif self._error is not None:
+                self._ended = True
+                raise self._error
+
+    def abort(self, reason: wire.AbortReason, tokens_kept: int | None = None) -> None:
+        """Tell the engine that nobody wants the rest. Does nothing when the request has ended."""
+        self._ended = True
+        self._session.abort(self.id, reason, tokens_kept)
+
+
+class Session:
+    """One open session. `send` must queue a frame without waiting."""
+
+    def __init__(self, client: str, send: Callable[[wire.Frame], None]) -> None:
+        self.name = secrets.token_hex(16)
+        self.client = client
+        self.state: State = "opening"
+        self.reason = "the model is starting"
+        """Why the session is not ready, in words for a client."""
+        self.facts: wire.ModelFacts | None = None
+        self.metrics: wire.Metrics | None = None
+        self.pong: wire.Pong | None = None
+        self.last_heard = time.monotonic()
+        self.num_payloads = 0
+        self._epoch = 0
+        self._send = send
+        self._ids = 0
+        self._streams: dict[int, RequestStream] = {}
+        self._changed = asyncio.Event()
+        self._outgoing: list[wire.ClientMessage] = []
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._streams)
+
+    @property
+    def seconds_silent(self) -> float:
+        """Seconds since anything came: the engine answers pings, and its host speaks up while the engine is away."""
+        return time.monotonic() - self.last_heard
+
+    @property
+    def is_moving(self) -> bool:
+        """True when the engine answers and its loop does not stand still with work in hand."""
+        return self.state == "ready" and self.pong is not None and not wire.is_frozen(self.pong)
+
+    # ── out ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def open(self) -> None:
+        self._send(wire.Frame(self.name, "open", [wire.Open(wire.VERSION, self.client)]))
+
+    def generate(self, prompt_ids: list[int], params: SamplingParams, *, cache_salt: str = "") -> RequestStream:
+        """Send a request. Raises EngineUnavailable when the session is not ready."""
+        if self.state != "ready":
+            raise EngineUnavailable(f"{self.reason}: try again in a moment")
+        self._ids += 1
+        stream = self._streams[self._ids] = RequestStream(self, self._ids)
+        self._post(wire.Generate(self._ids, prompt_ids, params, cache_salt))
+        return stream
+
+    def abort(self, request_id: int, reason: wire.AbortReason, tokens_kept: int | None = None) -> None:
+        if self._streams.pop(request_id, None) is not None:
+            self._post(wire.Abort(request_id, reason, tokens_kept))
+
+    def ping(self) -> None:
+        if self.state in ("ready", "opening"):
+            self._post(wire.Ping(0, self.num_payloads))
+
+    def close(self, reason: str) -> None:
+        """Say goodbye; what is still running here ends with `reason`."""
+        self._fail_all(EngineUnavailable(reason))
+        self._post(wire.Close())
+        self._set_state("closed", reason)
+
+    def _post(self, message: wire.ClientMessage) -> None:
+        """Messages of one turn of the event loop travel in one frame."""
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outgoing.append(message)
+
+    def _flush(self) -> None:
+        messages, self._outgoing = self._outgoing, []
+        self._send(wire.Frame(self.name, "data", messages))
+
+    # ── in ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def feed(self, payload: bytes) -> None:
+        """Take in one payload of the engine's."""
+        self.num_payloads += 1
+        self.last_heard = time.monotonic()
+        for message in wire.decode_payload(payload):
+            self._handle(message)
+
+    def _handle(self, message: wire.EngineMessage) -> None:
+        match message:
+            case wire.Tokens(_, outputs):
+                for output in outputs:
+                    self._output(output)
+            case wire.Failed(request_id, code, text, field):
+                self._fail(request_id, from_code(code, text, field))
+            case wire.Pong():
+                self.pong = message
+            case wire.Metrics():
+                self.metrics = message
+            case wire.Ready(facts, epoch):
+                if epoch != self._epoch:  # a new engine counts this session's payloads from its Ready on
+                    self._epoch, self.num_payloads = epoch, 1
+                self.facts = facts
+                self._set_state("ready", "")
+            case wire.Down(reason):
+                self._fail_all(EngineUnavailable(f"{reason}: try again in a moment"))
+                self._set_state("down", reason)
+            case wire.Closed(reason):
+                self.lost(reason)
+
+    def lost(self, reason: str) -> None:
+        """The session has ended from the other side."""
+        self._fail_all(EngineUnavailable(f"{reason}: try again in a moment"))
+        self._set_state("closed", reason)
+
+    def _output(self, output: wire.Output) -> None:
+        stream = self._streams.get(output.id)
+        if stream is None:
+            return
+        if output.finish_reason is not None:
+            del self._streams[output.id]
+        stream.put(output)
+
+    def _fail(self, request_id: int, error: PagodaError) -> None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.fail(error)
+
+    def _fail_all(self, error: PagodaError) -> None:
+        for request_id in list(self._streams):
+            self._fail(request_id, error)
+
+    def _set_state(self, state: State, reason: str) -> None:
+        if self.state == "closed":
+            return
+        self.state, self.reason = state, reason
+        self._changed.set()
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Until the engine serves. Raises EngineUnavailable with the reason when it does not within `timeout` s."""
+        deadline = time.monotonic() + timeout
+        while self.state != "ready":
+            left = deadline - time.monotonic()
+            if left <= 0 or self.state == "closed":
+                raise EngineUnavailable(self.reason)
+            self._changed.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)

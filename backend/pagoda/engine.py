@@ -1,0 +1,198 @@
+"""The engine's loop: take in, schedule, launch, read back, publish."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from pagoda.errors import Overloaded, PagodaError
+from pagoda.protocol import FinishReason, Metrics, Output, Usage
+from pagoda.request import Request
+from pagoda.runner import Launched
+from pagoda.scheduler import Plan, Progress, Scheduler
+from pagoda.stats import Stats
+
+log = logging.getLogger("pagoda.engine")
+
+METRICS_INTERVAL = 0.5
+"""Seconds between two published snapshots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    key: tuple[str, int]
+    reason: FinishReason
+    tokens_kept: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Leave the loop."""
+
+
+Command: TypeAlias = Submit | Cancel | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request the engine could not keep."""
+
+    key: tuple[str, int]
+    error: PagodaError
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step brought; `outputs` by request key (session, id)."""
+
+    step: int
+    outputs: list[tuple[tuple[str, int], Output]]
+
+
+Event: TypeAlias = StepResult | Refusal | Metrics
+
+
+class RunnerLike(Protocol):
+    """The seam under the loop: a fake runner enters here in tests."""
+
+    @property
+    def steps_ahead(self) -> int: ...
+
+    def launch(self, plan: Plan) -> Launched: ...
+
+    def collect(self, launched: Launched) -> list[int]: ...
+
+
+@dataclass(slots=True)
+class Pulse:
+    """How the loop is doing, for those who watch it. Times in seconds of time.monotonic()."""
+
+    step: int = 0
+    last_step_time: float = 0.0
+    longest_step: float = 0.0
+    """Of the recent ones: it fades by a hundredth at each step."""
+    busy: bool = False
+
+    def beat(self, started: float, now: float) -> None:
+        self.step += 1
+        self.last_step_time = now
+        self.longest_step = max(now - started, self.longest_step * 0.99)
+
+
+class Engine:
+    """One model's loop. `emit` takes every event and returns at once."""
+
+    def __init__(self, scheduler: Scheduler, runner: RunnerLike, emit: Callable[[Event], None]) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.emit = emit
+        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.pulse = Pulse()
+        self.stats = Stats()
+        self._in_flight: deque[Launched] = deque()
+        self._next_metrics = 0.0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until told to stop. An error of the device ends the loop: its state can no longer be trusted."""
+        while not self._stopping:
+            self._take_in()
+            started = time.monotonic()
+            plan = self.scheduler.schedule()
+            if plan:
+                self._in_flight.append(self.runner.launch(plan))
+            if self._in_flight and (not plan or len(self._in_flight) > self.runner.steps_ahead):
+                self._read_back(self._in_flight.popleft())
+                self.pulse.beat(started, time.monotonic())
+            self._publish_metrics()
+
+    def _read_back(self, launched: Launched) -> None:
+        progress = self.scheduler.update(launched.plan, self.runner.collect(launched))
+        self.stats.step(launched.plan, progress)
+        if progress:
+            self.emit(StepResult(launched.plan.step, [(_key(p.request), _output(p)) for p in progress]))
+
+    # ── inbox ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _take_in(self) -> None:
+        """Apply every command that waits; sleep only when there is nothing to run."""
+        while True:
+            try:
+                command = self._next_command()
+            except queue.Empty:
+                return
+            self._apply(command)
+            self.pulse.busy = True
+
+    def _next_command(self) -> Command:
+        if self.scheduler.requests or self._in_flight:
+            return self.inbox.get_nowait()
+        self._begin_idle()
+        return self.inbox.get(timeout=METRICS_INTERVAL)
+
+    def _begin_idle(self) -> None:
+        self.pulse.last_step_time = time.monotonic()
+        self._publish_metrics(now_idle=self.pulse.busy)
+        if self.pulse.busy:
+            self.pulse.busy = False
+            self.scheduler.check()
+
+    def _apply(self, command: Command) -> None:
+        match command:
+            case Submit(request):
+                self._submit(request)
+            case Cancel():
+                self._cancel(command)
+            case Stop():
+                self._stopping = True
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self.scheduler.add(request)
+        except Overloaded as error:
+            self.emit(Refusal(_key(request), error))
+        else:
+            self.pulse.last_step_time = max(self.pulse.last_step_time, request.arrival_time)
+
+    def _cancel(self, command: Cancel) -> None:
+        request = self.scheduler.abort(command.key, command.reason)
+        if request is not None:
+            self.stats.finish(request)
+            kept = request.num_output_tokens if command.tokens_kept is None else command.tokens_kept
+            output = Output(command.key[1], request.num_output_tokens, [], command.reason, _usage(request, kept))
+            self.emit(StepResult(self.pulse.step, [(command.key, output)]))
+
+    # ── metrics ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _publish_metrics(self, *, now_idle: bool = False) -> None:
+        """At its interval, and at once when the engine falls idle: gauges must not show what has ended."""
+        now = time.monotonic()
+        if now_idle or now >= self._next_metrics:
+            self._next_metrics = now + METRICS_INTERVAL
+            self.emit(self.stats.snapshot(self.scheduler, self.pulse.step))
+
+
+def _key(request: Request) -> tuple[str, int]:
+    key: tuple[str, int] = request.key  # type: ignore[assignment]
+    return key
+
+
+def _usage(request: Request, completion_tokens: int) -> Usage:
+    return Usage(request.num_prompt_tokens, completion_tokens, request.num_cached)
+
+
+def _output(progress: Progress) -> Output:
+    request, total = progress.request, progress.request.num_output_tokens
+    index = total - len(progress.new_token_ids)
+    usage = _usage(request, total) if index == 0 or progress.finish_reason else None
+    return Output(_key(request)[1], index, progress.new_token_ids, progress.finish_reason, usage)

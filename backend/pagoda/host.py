@@ -1,0 +1,375 @@
+"""The stub's side of the engine: starts it, watches it, restarts it, and carries bytes between it and Triton's senders.
+
+Knows nothing of Triton: `backend/model.py` hands it senders. One thread (`Host.run`) makes every call of every sender
+and of the metrics, because Triton's are not safe from several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from pagoda import protocol as wire
+from pagoda.child import Child, describe_exit
+from pagoda.config import EngineConfig
+from pagoda.errors import ConfigError, EngineUnavailable, InvalidRequest
+from pagoda.process import Start
+from pagoda.text import wire as text_wire
+from pagoda.text.wire import TextAbort, TextReply, TextRequest, TextStart
+
+log = logging.getLogger("pagoda.host")
+
+PING_INTERVAL = 0.5
+CANCEL_CHECK_INTERVAL = 0.25
+"""Seconds between two looks at whether a sender's client has gone away (45–75 µs each)."""
+PONG_TIMEOUT = 10.0
+"""Seconds without an answer after which the engine process counts as frozen."""
+MAX_BACKOFF = 30.0
+OWN_SESSION = "host"
+
+
+class SessionSender(Protocol):
+    """One open session's way back to its client; called from the host's thread only."""
+
+    def send(self, payload: bytes, *, final: bool) -> None: ...
+
+    def is_cancelled(self) -> bool: ...
+
+
+class MetricsSink(Protocol):
+    """Where the engine's snapshots go; called from the host's thread only."""
+
+    def __call__(self, metrics: wire.Metrics) -> None: ...
+
+    def engine_down(self) -> None: ...
+
+
+class TextSender(Protocol):
+    """One text request's way back."""
+
+    def send(self, reply: TextReply) -> None: ...
+
+    def is_cancelled(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class OpenSession:
+    sender: SessionSender
+    open_frame: bytes
+
+
+class Host(threading.Thread):
+    """Everything between Triton's `execute` and the engine. `forward` and `submit_text` are called by `execute`'s thread."""
+
+    def __init__(
+        self, config: EngineConfig, folder: Path, directory: Path, metrics: MetricsSink
+    ) -> None:
+        super().__init__(name="host", daemon=True)
+        self.config = config
+        self.folder = folder
+        self.directory = directory
+        self.metrics = metrics
+        self.engine: Child | None = None
+        self.text: Child | None = None
+        self.is_up = False
+        """The engine is loaded and answers."""
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in config.served_model_name)
+        unique = f"{name[:24]}-{os.getpid()}"
+        self._address = f"ipc://{directory}/{unique}.engine"
+        self._text_in = f"ipc://{directory}/{unique}.text-in"
+        self._text_out = f"ipc://{directory}/{unique}.text-out"
+        self._lock = str(directory / f"engine-{name}.lock")
+        self._epoch = 0
+        self._failures = 0
+        self._restart_at: float | None = None
+        self._sessions: dict[str, OpenSession] = {}
+        self._texts: dict[int, TextSender] = {}
+        self._down_reason = "the engine is starting"
+        self._last_words: str | None = None
+        """Why the engine ends, as far as it or we could say before it did."""
+        self._last_pong = time.monotonic()
+        self._next_ping = self._next_cancel_check = 0.0
+        self._stopping = threading.Event()
+        self._context = zmq.Context()
+        self._up = self._dealer(f"{unique}-up", self._address)
+        self._down = self._dealer(f"{unique}-down", self._address)
+        self._identity = f"{unique}-down".encode()
+        self._text_up = self._push(self._text_in)
+        self._text_control = self._push(self._text_in)
+        self._text_down = self._context.socket(zmq.PULL)
+        self._text_down.bind(self._text_out)
+
+    def _dealer(self, identity: str, address: str) -> zmq.Socket[bytes]:
+        return self._connect(zmq.DEALER, address, identity.encode())
+
+    def _push(self, address: str) -> zmq.Socket[bytes]:
+        return self._connect(zmq.PUSH, address)
+
+    def _connect(self, kind: int, address: str, identity: bytes = b"") -> zmq.Socket[bytes]:
+        """A socket that sends only to a living peer: nothing is kept for the next one."""
+        socket = self._context.socket(kind)
+        if identity:
+            socket.setsockopt(zmq.IDENTITY, identity)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.connect(address)
+        return socket
+
+    # ── called by initialize, execute and finalize ────────────────────────────────────────────────────────────────
+
+    def launch(self) -> None:
+        """Start the engine and wait until it serves. Raises ConfigError with the engine's own reason."""
+        self._start_engine()
+        self._start_text()
+        deadline = time.monotonic() + self.config.load_timeout
+        while not self.is_up:
+            self._turn(timeout_ms=100)
+            if self.engine is None:
+                raise ConfigError(self._down_reason)
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"the engine was not ready after load_timeout ({self.config.load_timeout:.0f} s): raise it, "
+                    "or see the engine's log for what takes long"
+                )
+
+    def forward(self, raw: bytes, make_sender: Callable[[], SessionSender]) -> None:
+        """Pass a frame on to the engine. Raises InvalidRequest for what is not a frame of a known session.
+
+        A frame that opens a session calls `make_sender`: from then on the session's payloads go there.
+        """
+        head = _frame_head(raw)
+        if head.kind == "open":
+            if head.session in self._sessions or head.session == OWN_SESSION:
+                raise InvalidRequest("this session is open already", field="session")
+            self._sessions[head.session] = OpenSession(make_sender(), raw)
+        elif head.session not in self._sessions:
+            raise InvalidRequest("no such session is open here: open it first", field="session")
+        self._send_up(raw)
+
+    def submit_text(self, request: TextRequest, sender: TextSender) -> None:
+        """Hand a text request to the text worker. Raises EngineUnavailable when the engine is down."""
+        if not self.is_up:
+            raise EngineUnavailable(f"{self._down_reason}: try again in a moment")
+        self._texts[request.id] = sender
+        try:
+            self._text_up.send(msgspec.msgpack.encode(request), zmq.NOBLOCK)
+        except zmq.Again:
+            self._texts.pop(request.id, None)
+            raise EngineUnavailable("the text worker is starting: try again in a moment") from None
+
+    def stop(self) -> None:
+        """End the thread, then both children."""
+        self._stopping.set()
+        if self.is_alive():
+            self.join(timeout=5)
+        for child in (self.text, self.engine):
+            if child is not None:
+                child.end(grace=3.0)
+        self._context.destroy(linger=0)
+        for name in (self._address, self._text_in, self._text_out):
+            Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
+
+    # ── the thread ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._turn(timeout_ms=100)
+            except Exception:
+                log.exception("the host's thread survived an unexpected error")
+
+    def _turn(self, timeout_ms: int) -> None:
+        poller = zmq.Poller()
+        poller.register(self._down, zmq.POLLIN)
+        poller.register(self._text_down, zmq.POLLIN)
+        for child in (self.engine, self.text):
+            if child is not None:
+                poller.register(child.pidfd, zmq.POLLIN)
+        poller.poll(timeout_ms)
+        self._receive_payloads()
+        self._receive_text()
+        self._watch_children()
+        self._ping()
+        self._check_cancelled()
+
+    def _receive_payloads(self) -> None:
+        for name, final, payload in _drain(self._down):
+            if name == OWN_SESSION.encode():
+                self._own_payload(payload)
+                continue
+            session = self._sessions.get(name.decode())
+            if session is not None:
+                session.sender.send(payload, final=bool(final))
+                if final:
+                    del self._sessions[name.decode()]
+
+    def _own_payload(self, payload: bytes) -> None:
+        for message in wire.decode_payload(payload):
+            match message:
+                case wire.Ready():
+                    self._came_up()
+                case wire.Pong():
+                    self._last_pong = time.monotonic()
+                    if wire.is_frozen(message):
+                        self._kill_engine(f"its loop made no step for {message.seconds_since_step:.0f} s")
+                case wire.Metrics():
+                    self.metrics(message)
+                case wire.Closed(reason):
+                    self._last_words = reason
+
+    def _receive_text(self) -> None:
+        for (raw,) in _drain(self._text_down):
+            reply = msgspec.msgpack.decode(raw, type=TextReply)
+            sender = self._texts.get(reply.id)
+            if sender is not None:
+                sender.send(reply)
+                if reply.final:
+                    del self._texts[reply.id]
+
+    # ── the engine's life ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start_engine(self) -> None:
+        self._epoch += 1
+        self._restart_at = None
+        start = Start(self.config, str(self.folder), self._address, self._lock, self._epoch)
+        self.engine = Child("pagoda.process", start, self.directory)
+        self._last_pong = time.monotonic()
+
+    def _start_text(self) -> None:
+        start = TextStart(self.config.served_model_name, str(self.folder), self._address, self._text_in, self._text_out)
+        self.text = Child("pagoda.text.worker", start, self.directory)
+
+    def _came_up(self) -> None:
+        if not self.is_up:
+            self.is_up = True
+            self._failures = 0
+            log.info("engine %d is up, process %d", self._epoch, self.engine.pid if self.engine else -1)
+            for session in list(self._sessions.values()):
+                self._send_down_socket(session.open_frame)
+
+    def _watch_children(self) -> None:
+        if self.engine is not None and self.engine.exit_status is not None:
+            self._engine_died(self.engine.exit_status)
+        if self.engine is None and self._restart_at is not None and time.monotonic() >= self._restart_at:
+            self._start_engine()
+        if self.text is not None and self.text.exit_status is not None:
+            log.error("the text worker ended %s and is started again", describe_exit(self.text.exit_status))
+            self.text.end(grace=0)
+            self._fail_texts("the text worker ended unexpectedly")
+            self._start_text()
+        if self.is_up and time.monotonic() - self._last_pong > PONG_TIMEOUT:
+            self._kill_engine(f"it gave no answer for {PONG_TIMEOUT:.0f} s")
+
+    def _engine_died(self, status: int) -> None:
+        assert self.engine is not None
+        self.engine.end(grace=0)
+        self.engine = None
+        self._down_reason = self._last_words or f"the engine process ended {describe_exit(status)}"
+        self._last_words = None
+        was_up, self.is_up = self.is_up, False
+        self._failures += 1
+        wait = 0.0 if was_up and self._failures == 1 else min(2.0 ** (self._failures - 2), MAX_BACKOFF)
+        self._restart_at = time.monotonic() + wait
+        log.error("%s; next start in %.1f s", self._down_reason, wait)
+        self._tell_down()
+
+    def _kill_engine(self, why: str) -> None:
+        if self.engine is not None:
+            self._last_words = f"the engine was frozen ({why})"
+            self.engine.kill()
+
+    def _tell_down(self) -> None:
+        self.metrics.engine_down()
+        self._tell_sessions_down()
+        self._fail_texts(self._down_reason)
+
+    def _tell_sessions_down(self) -> None:
+        """Said again at each ping while the engine is away: it is the stub's own sign of life."""
+        payload = wire.encode([wire.Down(self._down_reason)])
+        for session in list(self._sessions.values()):
+            session.sender.send(payload, final=False)
+
+    def _fail_texts(self, reason: str) -> None:
+        for request_id, sender in list(self._texts.items()):
+            error = EngineUnavailable(f"{reason}: try again in a moment")
+            sender.send(text_wire.failed(request_id, error))
+            del self._texts[request_id]
+
+    # ── pulses ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _ping(self) -> None:
+        now = time.monotonic()
+        if now < self._next_ping:
+            return
+        self._next_ping = now + PING_INTERVAL
+        if not self.is_up:
+            self._tell_sessions_down()
+            self._send_own("open", [wire.Open(wire.VERSION, "host")])
+        self._send_own("data", [wire.Ping(0, 2**62)])
+
+    def _check_cancelled(self) -> None:
+        """Abort what belongs to clients that have gone away."""
+        now = time.monotonic()
+        if now < self._next_cancel_check:
+            return
+        self._next_cancel_check = now + CANCEL_CHECK_INTERVAL
+        for name, session in list(self._sessions.items()):
+            if session.sender.is_cancelled():
+                self._drop(name, "the client's connection ended")
+        for request_id, sender in list(self._texts.items()):
+            if sender.is_cancelled():
+                del self._texts[request_id]
+                with contextlib.suppress(zmq.Again):
+                    self._text_control.send(msgspec.msgpack.encode(TextAbort(request_id)), zmq.NOBLOCK)
+                sender.send(text_wire.cancelled(request_id))
+
+    def _drop(self, name: str, reason: str) -> None:
+        """End a session on our side and in the engine."""
+        session = self._sessions.pop(name)
+        self._send_down_socket(wire.encode(wire.Frame(name, "data", [wire.Close()])))
+        session.sender.send(wire.encode([wire.Closed(reason)]), final=True)
+
+    # ── sockets ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _send_up(self, raw: bytes) -> None:
+        """By `execute`'s thread. With the engine down the frame is dropped: every session has been told."""
+        with contextlib.suppress(zmq.Again):
+            self._up.send_multipart([self._identity, raw], zmq.NOBLOCK)
+
+    def _send_down_socket(self, raw: bytes) -> None:
+        with contextlib.suppress(zmq.Again):
+            self._down.send_multipart([self._identity, raw], zmq.NOBLOCK)
+
+    def _send_own(self, kind: str, messages: list[wire.ClientMessage]) -> None:
+        self._send_down_socket(wire.encode(wire.Frame(OWN_SESSION, "open" if kind == "open" else "data", messages)))
+
+
+def _frame_head(raw: bytes) -> wire.FrameHead:
+    if len(raw) > wire.MAX_FRAME_BYTES:
+        raise InvalidRequest(f"the frame has {len(raw)} bytes, the most allowed is {wire.MAX_FRAME_BYTES}", field="session")
+    try:
+        return wire.decode_frame_head(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        raise InvalidRequest("the session tensor holds no frame of the session protocol", field="session") from None
+
+
+def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+    found = []
+    while True:
+        try:
+            found.append(socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            return found
+

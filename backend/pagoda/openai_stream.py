@@ -1,0 +1,56 @@
+"""A chat with a running server over HTTP, standard library only: for the terminal, and for the proof at start."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from pagoda.errors import PagodaError
+
+
+class ServerError(PagodaError):
+    """What the server answered instead of a stream."""
+
+
+def get_json(url: str, api_key: str | None = None) -> Any:
+    with _open(urllib.request.Request(url, headers=_headers(api_key)), timeout=10) as response:
+        return json.load(response)
+
+
+def stream_chat(
+    url: str, model: str, messages: list[dict[str, str]], *, api_key: str | None = None, **parameters: Any
+) -> Iterator[str]:
+    """Pieces of the answer as they come. Raises ServerError with the server's own message."""
+    body = {"model": model, "messages": messages, "stream": True, **parameters}
+    headers = {**_headers(api_key), "content-type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with _open(request, timeout=300) as response:
+        for line in response:
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise ServerError(chunk["error"]["message"])
+                yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _open(request: urllib.request.Request, timeout: float) -> Any:
+    try:
+        return urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        raise ServerError(_message(error.read()) or f"the server answered {error.code}") from None
+    except urllib.error.URLError as error:
+        raise ServerError(f"no server answers at {request.full_url}: {error.reason}; start one with `pagoda serve`") from None
+
+
+def _message(body: bytes) -> str | None:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,147 @@
+"""The engine process: `python -m pagoda.process`, a child of the Triton stub.
+
+Its first line on standard input is a `Start` message in JSON; then standard input stays open, and its end means that
+the parent is gone: the process ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from pagoda import logs
+from pagoda.block_pool import BlockPool
+from pagoda.config import EngineConfig
+from pagoda.errors import ConfigError, PagodaError
+from pagoda.protocol import ModelFacts
+from pagoda.sessions import Sessions
+
+log = logging.getLogger("pagoda.process")
+
+
+class Start(msgspec.Struct, frozen=True):
+    config: EngineConfig
+    folder: str
+    """The model's folder, resolved."""
+    address: str
+    """Where to bind the engine's socket."""
+    lock: str
+    """A file that only one living engine of this model may hold."""
+    epoch: int
+    """Number of this start of the engine."""
+
+
+def main() -> None:
+    logs.configure()
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
+    _die_with_parent()
+    sessions = Sessions(start.address)
+    sessions.start()
+    try:
+        with exclusive(start.lock, start.config):
+            _serve(start, sessions)
+    except PagodaError as error:
+        log.error("engine ends: %s", error.message)
+        _leave(sessions, error.message, 2)
+    except Exception:
+        log.exception("engine ends by an unexpected error")
+        _leave(sessions, "the engine failed unexpectedly; its log has the details", 1)
+    _leave(sessions, "the engine was stopped", 0)
+
+
+def _leave(sessions: Sessions, reason: str, status: int) -> None:
+    """End now: interpreter shutdown with torch's threads running is slow and can hang."""
+    sessions.stop(reason)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _serve(start: Start, sessions: Sessions) -> None:
+    from pagoda import hf_config  # noqa: PLC0415 - torch loads while the door already answers
+    from pagoda.engine import Engine
+    from pagoda.runner import Runner
+    from pagoda.scheduler import Scheduler
+
+    began = time.monotonic()
+    config, folder = start.config, Path(start.folder)
+    model = hf_config.load(folder)
+    max_model_len = resolve_max_model_len(config, model.max_position_embeddings)
+    runner = Runner(config, model, folder, max_model_len)
+    scheduler = Scheduler(
+        BlockPool(runner.num_blocks),
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or (256 if runner.device.type == "cpu" else 8192),
+        max_num_queued_requests=config.max_num_queued_requests,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    engine = Engine(scheduler, runner, sessions.emit)
+    facts = ModelFacts(
+        name=config.served_model_name,
+        folder=start.folder,
+        max_model_len=max_model_len,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        default_params=model.default_params,
+    )
+    sessions.serve(engine.inbox, engine.pulse, facts, start.epoch)
+    log.info(
+        "ready in %.1f s: %s, %s, %d blocks of %d tokens",
+        time.monotonic() - began,
+        runner.device,
+        runner.dtype,
+        runner.num_blocks,
+        config.block_size,
+    )
+    engine.run()
+
+
+def resolve_max_model_len(config: EngineConfig, trained: int) -> int:
+    """Raises ConfigError when more is asked for than the checkpoint was trained for."""
+    if config.max_model_len is not None and config.max_model_len > trained:
+        raise ConfigError(f"max_model_len {config.max_model_len} is beyond the {trained} tokens of the checkpoint: lower it")
+    return config.max_model_len or trained
+
+
+def _die_with_parent() -> None:
+    def watch() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def exclusive(lock: str, config: EngineConfig) -> Iterator[None]:
+    """Hold this model's lock for life: a load that begins while the last engine still leaves waits for it here.
+
+    Raises ConfigError when the other engine does not leave within the load time-out.
+    """
+    with open(lock, "w") as file:
+        deadline = time.monotonic() + config.load_timeout
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"another engine still serves {config.served_model_name!r} after {config.load_timeout:.0f} s: "
+                        "unload it first, or raise load_timeout"
+                    ) from None
+                time.sleep(0.05)
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The models a Triton server offers, each with an open session: found, watched, let go.
+
+An open session holds an unload back, so readiness is polled: once a model stops being ready, its requests get
+`unload_grace` seconds to finish, what is left is ended with a reason, and the session is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pagoda.client import Session
+from pagoda.errors import EngineUnavailable, ModelNotFound
+from pagoda.triton_client import GrpcSession, ModelState, Triton
+
+log = logging.getLogger("pagoda.registry")
+
+POLL_INTERVAL = 1.0
+SILENCE = 2.0
+"""Seconds without a sign of life after which a model is not given new requests."""
+LOST_SILENCE = 5.0
+"""Seconds without a sign of life after which requests in flight are given up."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A model and the session that serves it."""
+
+    link: GrpcSession
+    task: asyncio.Task[None] | None
+    opened: float = field(default_factory=time.time)
+    leaving_since: float | None = None
+
+    @property
+    def session(self) -> Session:
+        return self.link.session
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.leaving_since is None and self.session.is_moving and self.session.seconds_silent < SILENCE
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not healthy, in words for a client."""
+        if self.leaving_since is not None:
+            return "the model is being unloaded"
+        if self.session.state != "ready":
+            return self.session.reason
+        if self.session.seconds_silent >= SILENCE:
+            return f"the model's server process has not answered for {self.session.seconds_silent:.0f} s"
+        return "the engine's loop does not move"
+
+
+class Registry:
+    """Keeps one session to each ready Pagoda model. `run` for life; `close` before the end."""
+
+    def __init__(self, triton: Triton, client: str, *, unload_grace: float = 5.0) -> None:
+        self.triton = triton
+        self.client = client
+        self.unload_grace = unload_grace
+        self.is_connected = False
+        """Triton answered the last time it was asked."""
+        self.failed: dict[str, str] = {}
+        """Models that could not be loaded, with Triton's reason."""
+        self._entries: dict[str, Entry] = {}
+        self._foreign: set[str] = set()
+        self._wake = asyncio.Event()
+        self._closing = False
+
+    def __iter__(self) -> Iterator[tuple[str, Entry]]:
+        return iter(sorted(self._entries.items()))
+
+    @property
+    def num_requests(self) -> int:
+        return sum(entry.session.num_requests for entry in self._entries.values())
+
+    def names(self) -> list[str]:
+        """Models that take requests, or will again by themselves."""
+        return sorted(name for name, entry in self._entries.items() if entry.leaving_since is None)
+
+    def session(self, name: str) -> Session:
+        """A model's session, ready to take a request. Raises ModelNotFound or EngineUnavailable with the reason."""
+        entry = self._entries.get(name)
+        if entry is None:
+            if not self.is_connected:
+                raise EngineUnavailable("Triton does not answer: try again in a moment")
+            known = ", ".join(self.names()) or "none"
+            raise ModelNotFound(f"the model {name[:200]!r} does not exist; loaded models: {known}")
+        if not entry.is_healthy:
+            raise EngineUnavailable(f"{entry.trouble}: try again in a moment")
+        return entry.session
+
+    # ── the watch ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> None:
+        """Poll for ever."""
+        while not self._closing:
+            try:
+                await self.poll()
+            except Exception:
+                log.exception("the registry survived an unexpected error")
+            self._wake.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), POLL_INTERVAL)
+
+    async def poll(self) -> None:
+        """One look at the server: open new sessions, let go of those that leave, give up those that are silent."""
+        self._give_up_silent()
+        try:
+            states = await self.triton.models()
+        except EngineUnavailable:
+            self.is_connected = False
+            return
+        ready = {state.name for state in states if state.is_ready}
+        self.failed = {s.name: s.reason for s in states if _has_failed(s)}
+        self._foreign &= ready
+        for name in ready - set(self._entries) - self._foreign:
+            await self._found(name)
+        for name, entry in list(self._entries.items()):
+            if name not in ready:
+                await self._leave(name, entry)
+        self.is_connected = True
+
+    async def _found(self, name: str) -> None:
+        if not await self.triton.is_pagoda(name):
+            self._foreign.add(name)
+            return
+        link = GrpcSession(self.triton, name, self.client)
+        entry = Entry(link, None)
+        entry.task = asyncio.create_task(self._serve(name, entry))
+        self._entries[name] = entry
+
+    async def _serve(self, name: str, entry: Entry) -> None:
+        await entry.link.run()
+        if self._entries.get(name) is entry:
+            del self._entries[name]
+        self._wake.set()
+
+    async def _leave(self, name: str, entry: Entry) -> None:
+        """An unload was asked for: wait for the requests in flight, then close."""
+        now = time.monotonic()
+        if entry.leaving_since is None:
+            entry.leaving_since = now
+            log.info("model %s is being unloaded; %d requests in flight", name, entry.session.num_requests)
+        if entry.session.num_requests == 0 or now - entry.leaving_since > self.unload_grace:
+            await entry.link.close("the model is being unloaded")
+        else:
+            asyncio.get_running_loop().call_later(0.1, self._wake.set)
+
+    def _give_up_silent(self) -> None:
+        for name, entry in list(self._entries.items()):
+            if entry.session.seconds_silent > LOST_SILENCE:
+                entry.session.lost(entry.trouble)
+                # Its task stays until Triton ends the stream: a gRPC call is never cancelled.
+                del self._entries[name]
+
+    def forget(self, reason: str) -> None:
+        """The server is gone: whatever it served ends with `reason`."""
+        for entry in self._entries.values():
+            entry.session.lost(reason)
+        self._entries.clear()
+        self.is_connected = False
+
+    async def close(self, reason: str) -> None:
+        """Close every session; requests still running end with `reason`. Returns when all are drained, or in 2 s."""
+        self._closing = True
+        self._wake.set()
+        entries = list(self._entries.values())
+        for entry in entries:
+            await entry.link.close(reason)
+        tasks = [entry.task for entry in entries if entry.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=2.0)
+
+
+def _has_failed(state: ModelState) -> bool:
+    return not state.is_ready and bool(state.reason) and state.reason != "unloaded"

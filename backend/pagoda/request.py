@@ -1,0 +1,87 @@
+"""One request as the scheduler sees it: its tokens, its blocks and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from pagoda.block_pool import chain_hash, root_hash
+from pagoda.protocol import FinishReason
+from pagoda.sampling_params import SamplingParams
+
+
+class Status(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    key: Hashable
+    """Names the request to whoever asked for it."""
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    """Output tokens at most; resolved at admission, so prompt and output always fit the context."""
+    stop_ids: frozenset[int]
+    seed: int
+    """64 random bits of its own, or the seed asked for."""
+    cache_salt: str = ""
+    arrival_time: float = 0.0
+    arrival: int = 0
+    """Order of arrival; kept over preemptions."""
+
+    status: Status = Status.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    """Prompt, then output, as far as known on the host."""
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache once every launched step has run."""
+    num_pending: int = 0
+    """Tokens sampled by launched steps and not read back yet."""
+    num_cached: int = 0
+    """Prompt tokens that the prefix cache spared at the first admission."""
+    epoch: int = 0
+    """Grows at each preemption; results of steps launched before it are dropped."""
+    block_ids: list[int] = field(default_factory=list)
+    num_published: int = 0
+    """Leading blocks whose content the pool knows by hash."""
+    hashes: list[bytes] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known and pending tokens."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_uncomputed == 1 and self.num_computed > 0
+
+    def block_hash(self, index: int, block_size: int) -> bytes:
+        """Chain hash of full block `index`, computed once and kept: tokens once known never change."""
+        while len(self.hashes) <= index:
+            start = len(self.hashes) * block_size
+            parent = self.hashes[-1] if self.hashes else root_hash(self.cache_salt)
+            self.hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
+        return self.hashes[index]

@@ -1,0 +1,88 @@
+"""What `pagoda serve` is told, and where its instance keeps its things."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import msgspec
+
+from pagoda.server import store
+
+
+class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Ports, folders and numbers of one running service."""
+
+    model_repository: Path
+    host: str = "127.0.0.1"
+    port: int = 9000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    http_port: int = 8000
+    triton_http: bool = False
+    """Open Triton's own HTTP port, on loopback."""
+    workers: int = 2
+    """Frontend processes."""
+    api_key: str | None = None
+    run_folder: Path
+    """Logs and the instance file; one running service at most per folder."""
+    drain_grace: float = 4.0
+    """Seconds that requests in flight get at shutdown."""
+
+    @property
+    def logs(self) -> Path:
+        return self.run_folder / "logs"
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True):
+    """A running service, as others on this machine find it."""
+
+    pid: int
+    url: str
+    grpc_address: str
+    metrics_url: str
+    http_url: str | None
+    secret: str
+    """Opens Triton's restricted protocols; the file that holds it is readable by its user only."""
+
+
+def default_run_folder() -> Path:
+    return store.home() / "run"
+
+
+def instance_file(run_folder: Path) -> Path:
+    return run_folder / "instance.json"
+
+
+def write_instance(run_folder: Path, instance: Instance) -> None:
+    descriptor = os.open(instance_file(run_folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(instance))
+
+
+def read_instance(run_folder: Path) -> Instance | None:
+    """The service that runs from this folder, or None. A file left by a dead one counts as none."""
+    try:
+        instance = msgspec.json.decode(instance_file(run_folder).read_bytes(), type=Instance)
+        os.kill(instance.pid, 0)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return instance
+
+
+def single_model_repository(folder: Path, model: str, name: str, parameters: dict[str, str]) -> Path:
+    """A repository with one model, for `pagoda serve --model`. Values are quoted as protobuf text."""
+    version = folder / name / "1"
+    version.mkdir(parents=True)
+    entries = "".join(
+        f"parameters: {{ key: {json.dumps(key)} value: {{ string_value: {json.dumps(value)} }} }}\n"
+        for key, value in {"model": model, **parameters}.items()
+    )
+    (folder / name / "config.pbtxt").write_text(f'backend: "pagoda"\n{entries}', "utf-8")
+    return folder

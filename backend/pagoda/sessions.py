@@ -1,0 +1,295 @@
+"""The engine's door: a thread that speaks ZeroMQ with the sessions' hosts and never holds up the loop.
+
+It checks and queues what comes in, groups a step's outputs by session, encodes one payload for each, and merges the
+payloads of a session whose client has fallen behind. Every session's state lives in this thread alone.
+
+Peers send [reply_to, frame]; they get [session, b"final" or b"", payload] at the socket whose identity is `reply_to`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import zmq
+
+from pagoda import protocol as wire
+from pagoda import sampling_params
+from pagoda.engine import Cancel, Command, Event, Pulse, Refusal, StepResult, Submit
+from pagoda.errors import EngineUnavailable, InvalidRequest, PagodaError
+from pagoda.request import Request
+
+log = logging.getLogger("pagoda.sessions")
+
+MAX_UNACKED = 256
+"""Payloads a session may be behind; later steps are merged until it catches up."""
+PING_TIMEOUT = 5.0
+"""Seconds without a ping after which a session's client counts as gone."""
+
+
+@dataclass(slots=True)
+class Session:
+    reply_to: bytes
+    last_ping: float
+    live: set[int] = field(default_factory=set)
+    sent: int = 0
+    acked: int = 0
+    backlog: dict[int, wire.Output] = field(default_factory=dict)
+    """Outputs that wait for credit, merged by request."""
+
+
+class Sessions(threading.Thread):
+    """Owns the engine's socket. `pulse` and `commands` come with `serve`, once the model is loaded."""
+
+    def __init__(self, address: str, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(name="sessions", daemon=True)
+        self.clock = clock
+        self._context = zmq.Context.instance()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 500)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.bind(address)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._sessions: dict[str, Session] = {}
+        self._commands: queue.SimpleQueue[Command] | None = None
+        self._pulse = Pulse()
+        self._facts: wire.ModelFacts | None = None
+        self._epoch = 0
+        self._stop_reason: str | None = None
+        self._next_sweep = 0.0
+
+    # ── called by other threads ───────────────────────────────────────────────────────────────────────────────────
+
+    def emit(self, event: Event) -> None:
+        self._events.put(event)
+        os.eventfd_write(self._wake, 1)
+
+    def serve(self, commands: queue.SimpleQueue[Command], pulse: Pulse, facts: wire.ModelFacts, epoch: int) -> None:
+        """The model is loaded: from now on requests are taken. Tells every open session."""
+        self._commands, self._pulse, self._epoch = commands, pulse, epoch
+        self._facts = facts
+        os.eventfd_write(self._wake, 1)
+
+    def stop(self, reason: str) -> None:
+        """Close every session with a reason, then end the thread; returns when all is sent."""
+        self._stop_reason = reason
+        os.eventfd_write(self._wake, 1)
+        self.join(timeout=2.0)
+
+    # ── the thread ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        announced = False
+        while self._stop_reason is None:
+            poller.poll(1000)
+            self._receive_all()
+            if self._facts is not None and not announced:
+                announced = True
+                self._announce(self._facts)
+            self._deliver_all()
+            self._sweep()
+        for name in list(self._sessions):
+            self._close(name, self._stop_reason)
+        self._socket.close()
+
+    def _receive_all(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._receive(parts)
+
+    def _receive(self, parts: list[bytes]) -> None:
+        try:
+            _sender, reply_to, raw = parts
+            frame = wire.decode_frame(raw)
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+            log.warning("a frame that is not ours was dropped: %s", error)
+            return
+        for message in frame.messages:
+            self._handle(frame.session, reply_to, message)
+
+    def _handle(self, name: str, reply_to: bytes, message: wire.ClientMessage) -> None:
+        if isinstance(message, wire.Open):
+            self._open(name, reply_to, message)
+            return
+        session = self._sessions.get(name)
+        if session is None:
+            self._send_to(reply_to, name, [wire.Closed("this session is not open in the engine: open it again")], True)
+            return
+        match message:
+            case wire.Generate():
+                self._generate(name, session, message)
+            case wire.Abort():
+                self._abort(name, session, message)
+            case wire.Ping():
+                self._ping(name, session, message)
+            case wire.Close():
+                self._close(name, "closed by its client")
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _open(self, name: str, reply_to: bytes, message: wire.Open) -> None:
+        if message.version != wire.VERSION:
+            reason = f"this engine speaks version {wire.VERSION} of the session protocol, not {message.version}"
+            self._send_to(reply_to, name, [wire.Closed(reason)], True)
+            return
+        if name not in self._sessions:  # a host opens its sessions again when it is not sure that we know them
+            self._sessions[name] = Session(reply_to, self.clock())
+        if self._facts is not None:
+            self._send(name, [wire.Ready(self._facts, self._epoch)])
+
+    def _generate(self, name: str, session: Session, message: wire.Generate) -> None:
+        try:
+            request = self._admit(name, session, message)
+        except PagodaError as error:
+            self._send(name, [_failed(message.id, error)])
+            return
+        session.live.add(message.id)
+        assert self._commands is not None
+        self._commands.put(Submit(request))
+
+    def _admit(self, name: str, session: Session, message: wire.Generate) -> Request:
+        """Check everything about a request. Raises InvalidRequest or EngineUnavailable."""
+        facts = self._facts
+        if facts is None:
+            raise EngineUnavailable("the model is still loading: try again in a moment")
+        if message.id in session.live:
+            raise InvalidRequest(f"request id {message.id} is in use in this session", field="id")
+        sampling_params.check(message.params, vocab_size=facts.vocab_size)
+        sampling_params.check_prompt(message.prompt_ids, vocab_size=facts.vocab_size)
+        limit = sampling_params.check_length(
+            len(message.prompt_ids), message.params, max_model_len=facts.max_model_len
+        )
+        params = message.params
+        eos = () if params.ignore_eos else facts.eos_token_ids
+        return Request(
+            key=(name, message.id),
+            prompt_ids=message.prompt_ids,
+            params=params,
+            max_tokens=limit,
+            stop_ids=frozenset((*eos, *params.stop_token_ids)),
+            seed=params.seed if params.seed is not None else secrets.randbits(64) - 2**63,
+            cache_salt=message.cache_salt,
+        )
+
+    def _abort(self, name: str, session: Session, message: wire.Abort) -> None:
+        if message.id in session.live and self._commands is not None:
+            stopped = message.reason == "stop_string"
+            kept = message.tokens_kept if stopped else None
+            self._commands.put(Cancel((name, message.id), "stop" if stopped else "abort", kept))
+
+    def _ping(self, name: str, session: Session, message: wire.Ping) -> None:
+        session.last_ping = self.clock()
+        session.acked = max(session.acked, message.acked)
+        pulse = self._pulse
+        waited = time.monotonic() - pulse.last_step_time if pulse.busy else 0.0
+        self._send(name, [wire.Pong(message.nonce, pulse.step, pulse.busy, waited, pulse.longest_step)])
+        if session.backlog and self._has_credit(session):
+            outputs = list(session.backlog.values())
+            session.backlog.clear()
+            self._send(name, [wire.Tokens(pulse.step, outputs)])
+
+    def _close(self, name: str, reason: str) -> None:
+        session = self._sessions.pop(name)
+        self._send_to(session.reply_to, name, [wire.Closed(reason)], True)
+        if self._commands is not None:
+            for request_id in session.live:
+                self._commands.put(Cancel((name, request_id), "abort"))
+
+    def _sweep(self) -> None:
+        """Close the sessions whose pings have stopped."""
+        now = self.clock()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + 1.0
+        for name, session in list(self._sessions.items()):
+            if now - session.last_ping > PING_TIMEOUT:
+                log.warning("a session's pings have stopped: its %d requests are aborted", len(session.live))
+                self._close(name, f"no ping for {PING_TIMEOUT:.0f} s")
+
+    # ── events ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _announce(self, facts: wire.ModelFacts) -> None:
+        for name in self._sessions:
+            self._send(name, [wire.Ready(facts, self._epoch)])
+
+    def _deliver_all(self) -> None:
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return
+            match event:
+                case StepResult(step, outputs):
+                    self._deliver(step, outputs)
+                case Refusal((name, request_id), error):
+                    self._refuse(name, request_id, error)
+                case wire.Metrics():
+                    self._broadcast(event)
+
+    def _deliver(self, step: int, outputs: list[tuple[tuple[str, int], wire.Output]]) -> None:
+        by_session: dict[str, list[wire.Output]] = {}
+        for (name, request_id), output in outputs:
+            session = self._sessions.get(name)
+            if session is not None:
+                by_session.setdefault(name, []).append(output)
+                if output.finish_reason is not None:
+                    session.live.discard(request_id)
+        for name, group in by_session.items():
+            session = self._sessions[name]
+            if session.backlog or not self._has_credit(session):
+                _merge(session.backlog, group)
+            else:
+                self._send(name, [wire.Tokens(step, group)])
+
+    def _refuse(self, name: str, request_id: int, error: PagodaError) -> None:
+        session = self._sessions.get(name)
+        if session is not None:
+            session.live.discard(request_id)
+            self._send(name, [_failed(request_id, error)])
+
+    def _broadcast(self, metrics: wire.Metrics) -> None:
+        for name, session in self._sessions.items():
+            if self._has_credit(session):
+                self._send(name, [metrics])
+
+    def _has_credit(self, session: Session) -> bool:
+        return session.sent - session.acked < MAX_UNACKED
+
+    def _send(self, name: str, messages: list[wire.EngineMessage]) -> None:
+        session = self._sessions[name]
+        session.sent += 1
+        self._send_to(session.reply_to, name, messages, False)
+
+    def _send_to(self, reply_to: bytes, name: str, messages: list[wire.EngineMessage], final: bool) -> None:
+        self._socket.send_multipart([reply_to, name.encode(), b"final" if final else b"", wire.encode(messages)])
+
+
+def _failed(request_id: int, error: PagodaError) -> wire.Failed:
+    return wire.Failed(request_id, error.code, error.message, getattr(error, "field", None))
+
+
+def _merge(backlog: dict[int, wire.Output], outputs: list[wire.Output]) -> None:
+    for output in outputs:
+        earlier = backlog.get(output.id)
+        tokens = earlier.token_ids + output.token_ids if earlier else output.token_ids
+        index = earlier.index if earlier else output.index
+        usage = output.usage or (earlier.usage if earlier else None)
+        backlog[output.id] = wire.Output(output.id, index, tokens, output.finish_reason, usage)

@@ -1,0 +1,172 @@
+"""The text worker: `python -m pagoda.text.worker`, a child of the Triton stub.
+
+Serves the standard text contract: tokenizes, sends the request to the engine in a session of its own, detokenizes and
+replies. A process apart, so that a prompt of two megabytes stalls neither the stub nor the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import sys
+import threading
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from pagoda import logs
+from pagoda import protocol as protocol_wire
+from pagoda import sampling_params
+from pagoda.client import PING_INTERVAL, RequestStream, Session
+from pagoda.errors import EngineFailure, PagodaError
+from pagoda.text import wire
+from pagoda.text.generation import Delta, deltas
+from pagoda.text.parameters import TextParameters
+from pagoda.text.parameters import parse as parse_parameters
+from pagoda.text.stream import TextStream
+from pagoda.text.tokenizer import Tokenizer
+from pagoda.text.wire import TextAbort, TextMessage, TextReply, TextRequest, TextStart
+
+log = logging.getLogger("pagoda.text.worker")
+
+decode = msgspec.msgpack.Decoder(TextMessage).decode
+encode = msgspec.msgpack.Encoder().encode
+
+
+class TextWorker:
+    def __init__(self, start: TextStart) -> None:
+        self.start = start
+        self.tokenizer = Tokenizer.from_folder(start.folder)
+        self._identity = f"text-{secrets.token_hex(8)}"
+        self._context = zmq.asyncio.Context()
+        self._engine = self._context.socket(zmq.DEALER)
+        self._engine.setsockopt(zmq.IDENTITY, self._identity.encode())
+        self._engine.setsockopt(zmq.LINGER, 0)
+        self._to_engine = zmq.Context.instance().socket(zmq.DEALER)
+        self._to_engine.setsockopt(zmq.IMMEDIATE, 1)  # a frame for a dead engine is dropped, not kept for the next
+        self._to_engine.setsockopt(zmq.LINGER, 0)
+        self._requests = self._context.socket(zmq.PULL)
+        self._replies = self._context.socket(zmq.PUSH)
+        self._replies.setsockopt(zmq.LINGER, 0)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self.session = Session("text", self._send_frame)
+
+    async def run(self) -> None:
+        self._engine.connect(self.start.engine_address)
+        self._to_engine.connect(self.start.engine_address)
+        self._requests.bind(self.start.requests_address)
+        self._replies.connect(self.start.replies_address)
+        await asyncio.gather(self._payloads(), self._take_requests(), self._keep_session())
+
+    def _send_frame(self, frame: protocol_wire.Frame) -> None:
+        with contextlib.suppress(zmq.Again):
+            self._to_engine.send_multipart([self._identity.encode(), protocol_wire.encode(frame)], zmq.NOBLOCK)
+
+    async def _payloads(self) -> None:
+        while True:
+            name, _, payload = await self._engine.recv_multipart()
+            if name.decode() == self.session.name:
+                self.session.feed(payload)
+
+    async def _keep_session(self) -> None:
+        """Ping; after a restart of the engine, which knows no session, begin a new one."""
+        self.session.open()
+        while True:
+            await asyncio.sleep(PING_INTERVAL)
+            if self.session.state == "closed":
+                self.session = Session("text", self._send_frame)
+            if self.session.state == "opening":
+                self.session.open()
+            self.session.ping()
+
+    async def _take_requests(self) -> None:
+        while True:
+            message = decode(await self._requests.recv())
+            if isinstance(message, TextAbort):
+                task = self._tasks.get(message.id)
+                if task is not None:
+                    task.cancel()
+            else:
+                task = asyncio.create_task(self._serve(message))
+                self._tasks[message.id] = task
+                task.add_done_callback(lambda _, request_id=message.id: self._tasks.pop(request_id, None))
+
+    async def _serve(self, request: TextRequest) -> None:
+        try:
+            await self._answer(request)
+        except PagodaError as error:
+            await self._reply(wire.failed(request.id, error))
+        except Exception:
+            log.exception("a text request failed")
+            await self._reply(wire.failed(request.id, EngineFailure("the request failed; the server's log has the reason")))
+
+    async def _answer(self, request: TextRequest) -> None:
+        parameters = parse_parameters(request)
+        prompt_ids = await asyncio.to_thread(self.tokenizer.encode, request.text)
+        self._check(prompt_ids, parameters)
+        stream = self.session.generate(prompt_ids, parameters.sampling)
+        text = TextStream(self.tokenizer, stops=parameters.stop, prompt_ids=prompt_ids)
+        try:
+            if request.stream:
+                await self._stream(request, stream, text, len(prompt_ids))
+            else:
+                await self._whole(request, stream, text, len(prompt_ids))
+        finally:
+            stream.abort("client_gone")
+
+    def _check(self, prompt_ids: list[int], parameters: TextParameters) -> None:
+        facts = self.session.facts
+        if facts is not None:
+            sampling_params.check(parameters.sampling, vocab_size=facts.vocab_size)
+            sampling_params.check_length(len(prompt_ids), parameters.sampling, max_model_len=facts.max_model_len)
+
+    async def _stream(self, request: TextRequest, stream: RequestStream, text: TextStream, num_input: int) -> None:
+        async for delta in deltas(stream, text):
+            await self._reply(reply_of(request, delta, num_input))
+
+    async def _whole(self, request: TextRequest, stream: RequestStream, text: TextStream, num_input: int) -> None:
+        parts, count = [], 0
+        async for delta in deltas(stream, text):
+            parts.append(delta.text)
+            count += delta.num_tokens
+        prefix = "" if request.exclude_input else request.text
+        whole = Delta(prefix + "".join(parts), count, delta.finish_reason, delta.usage)
+        await self._reply(reply_of(request, whole, num_input))
+
+    async def _reply(self, reply: TextReply) -> None:
+        await self._replies.send(encode(reply))
+
+
+def reply_of(request: TextRequest, delta: Delta, num_input: int) -> TextReply:
+    return TextReply(
+        id=request.id,
+        final=delta.finish_reason is not None,
+        text=delta.text,
+        finish_reason=(delta.finish_reason or "None") if request.return_finish_reason else None,
+        num_input_tokens=num_input if request.return_num_input_tokens else None,
+        num_output_tokens=delta.num_tokens if request.return_num_output_tokens else None,
+    )
+
+
+def _die_with_parent() -> None:
+    def watch() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def main() -> None:
+    logs.configure()
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=TextStart)
+    _die_with_parent()
+    asyncio.run(TextWorker(start).run())
+
+
+if __name__ == "__main__":
+    main()

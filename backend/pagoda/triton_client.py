@@ -1,0 +1,151 @@
+"""Triton over gRPC, as a session's client needs it: the stream that carries a session, and the model repository.
+
+A gRPC call is never cancelled (that can end a Triton server): a session is closed by a message and its stream drained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from pagoda import protocol as wire
+from pagoda.client import PING_INTERVAL, Session
+from pagoda.errors import EngineUnavailable
+
+log = logging.getLogger("pagoda.triton_client")
+
+RESTRICTED = ("shared-memory", "model-repository", "model-config", "trace", "logging", "statistics")
+"""Protocols of Triton that ask for the secret; `pagoda serve` makes one at each start."""
+SECRET_NAME = "pagoda"
+SECRET_HEADER = f"triton-grpc-protocol-{SECRET_NAME}"
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own 120 s would leave a restarted server unnoticed
+]
+CALL_TIMEOUT = 5.0
+"""Seconds for a call about the repository."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    name: str
+    is_ready: bool
+    reason: str
+
+
+class Triton:
+    """One gRPC channel to one server."""
+
+    def __init__(self, address: str, secret: str | None = None) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._metadata = ((SECRET_HEADER, secret),) if secret else ()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def stream(self) -> Any:
+        """A bidirectional ModelStreamInfer call."""
+        return self._stub.ModelStreamInfer(metadata=self._metadata)
+
+    async def models(self) -> list[ModelState]:
+        """Every model in the repository. Raises EngineUnavailable when the server does not answer."""
+        index = await self._call(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest())
+        return [ModelState(m.name, m.state == "READY", m.reason) for m in index.models]
+
+    async def is_pagoda(self, model: str) -> bool:
+        request = service_pb2.ModelConfigRequest(name=model)
+        return bool((await self._call(self._stub.ModelConfig, request)).config.backend == "pagoda")
+
+    async def load(self, model: str) -> None:
+        await self._call(self._stub.RepositoryModelLoad, service_pb2.RepositoryModelLoadRequest(model_name=model), None)
+
+    async def unload(self, model: str) -> None:
+        request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
+        await self._call(self._stub.RepositoryModelUnload, request, None)
+
+    async def _call(self, method: Any, request: Any, timeout: float | None = CALL_TIMEOUT) -> Any:
+        try:
+            return await method(request, metadata=self._metadata, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise EngineUnavailable(f"Triton does not answer: {error.details()}") from None
+
+
+class GrpcSession:
+    """A session over a stream of Triton's, with its pings. `run` lasts as long as the session."""
+
+    def __init__(self, triton: Triton, model: str, client: str) -> None:
+        self.model = model
+        self.session = Session(client, self._queue_frame)
+        self._triton = triton
+        self._frames: asyncio.Queue[wire.Frame | None] = asyncio.Queue()
+
+    def _queue_frame(self, frame: wire.Frame) -> None:
+        self._frames.put_nowait(frame)
+
+    async def run(self) -> None:
+        """Open the session and serve it to its end, which `session.state` shows; raises nothing."""
+        call = self._triton.stream()
+        self.session.open()
+        writer = asyncio.create_task(self._write(call))
+        pinger = asyncio.create_task(self._ping())
+        try:
+            async for payload in self._payloads(call):
+                self.session.feed(payload)
+                if self.session.state == "closed":
+                    self._frames.put_nowait(None)
+        except grpc.aio.AioRpcError as error:
+            self.session.lost(f"the connection to Triton ended: {error.details()}")
+        except Exception:
+            log.exception("a session ended by an unexpected error")
+        finally:
+            self.session.lost("the connection to Triton ended")
+            pinger.cancel()
+            writer.cancel()
+
+    async def _payloads(self, call: Any) -> AsyncIterator[bytes]:
+        async for response in call:
+            if response.error_message:
+                self._refused(response.error_message)
+                continue
+            for raw in response.infer_response.raw_output_contents:
+                yield raw
+
+    def _refused(self, message: str) -> None:
+        """Triton or the stub refused a frame: the session cannot go on."""
+        log.warning("session of model %s: %s", self.model, message)
+        self.session.lost(message)
+        self._frames.put_nowait(None)
+
+    async def _write(self, call: Any) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while (frame := await self._frames.get()) is not None:
+                await call.write(self._request(frame))
+            await call.done_writing()
+
+    def _request(self, frame: wire.Frame) -> Any:
+        payload = wire.encode(frame)
+        tensor = service_pb2.ModelInferRequest.InferInputTensor(name="session", datatype="UINT8", shape=[len(payload)])
+        return service_pb2.ModelInferRequest(model_name=self.model, inputs=[tensor], raw_input_contents=[payload])
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_INTERVAL)
+            self.session.ping()
+
+    async def close(self, reason: str) -> None:
+        """End the session from this side; `run` returns once the stream is drained."""
+        if self.session.state != "closed":
+            self.session.close(reason)
+            await asyncio.sleep(0)
+            self._frames.put_nowait(None)

@@ -1,0 +1,12 @@
+"""The ops of the engine: for each a contract, a reference in plain torch, and what is faster on a device.
+
+ops = pagoda_kernels.for_device(torch.device("cpu"))
+hidden = ops.rms_norm(x, weight, eps=1e-5)
+"""
+
+from .dispatch import MissingKernel, Ops, for_device
+from .linear import PackedWeight
+from .paged_attention import AttentionBatch
+from .sampling import SamplingBatch, uniform
+
+__all__ = ["AttentionBatch", "MissingKernel", "Ops", "PackedWeight", "SamplingBatch", "for_device", "uniform"]

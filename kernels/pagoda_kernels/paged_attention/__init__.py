@@ -1,0 +1,34 @@
+"""paged_attention: softmax attention over a KV cache of fixed-size blocks (Kwon et al. 2023, arXiv:2309.06180)."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from .batch import AttentionBatch
+
+__all__ = ["AttentionBatch", "PagedAttention"]
+
+
+class PagedAttention(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Return the attention output, [T, Hq, D], contiguous and in q.dtype.
+
+        q: [T, Hq, D], last dimension contiguous, T = sum of the query lengths.
+        k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous; Hq is a multiple of Hkv, and query head h reads
+        KV head h // (Hq / Hkv). This step's keys and values are already written.
+        scale: factor on the dot products, usually D ** -0.5.
+        sliding_window: each query sees at most this many positions, its own included.
+        softcap: scores become softcap * tanh(score / softcap) before the mask.
+
+        Query i of a request with query length n and context length c sits at position p = c - n + i and attends to
+        positions 0..p. Cache slots outside a request's context are never used: they may hold NaN.
+        """

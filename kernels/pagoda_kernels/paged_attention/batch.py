@@ -1,0 +1,59 @@
+"""What attention must know of a step: which tokens belong to which request, and where their keys and values lie."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBatch:
+    """The R requests of a step, decodes first. Made once a step, read by every layer, never changed.
+
+    Raises ValueError if the host lists contradict each other.
+    """
+
+    block_tables: Tensor
+    """[R, max_blocks] int32 block ids in the order of positions; rows padded with -1."""
+    query_starts: Tensor
+    """[R + 1] int32 on the device: request r owns the query tokens query_starts[r] to query_starts[r + 1]."""
+    context_lens: Tensor
+    """[R] int32 on the device: tokens in the cache, those of this step included."""
+    query_lens_host: list[int]
+    """Query tokens of each request in this step, at least 1."""
+    context_lens_host: list[int]
+    """context_lens on the host."""
+    num_decodes: int
+    """The first num_decodes requests have query length 1; the others are prefill chunks of any length."""
+
+    _prepared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.query_lens_host) != len(self.context_lens_host):
+            raise ValueError(f"{len(self.query_lens_host)} query lengths, but {len(self.context_lens_host)} contexts")
+        if any(not 1 <= n <= c for n, c in zip(self.query_lens_host, self.context_lens_host, strict=True)):
+            raise ValueError(
+                f"each query length must be at least 1 and at most its context length, "
+                f"got {self.query_lens_host} and {self.context_lens_host}"
+            )
+        if any(n != 1 for n in self.query_lens_host[: self.num_decodes]):
+            raise ValueError(f"the first {self.num_decodes} requests must be decodes, got {self.query_lens_host}")
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.query_lens_host)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens_host)
+
+    def prepare(self, make: "Callable[..., Prepared]", *arguments: Hashable) -> Prepared:
+        """Return make(self, *arguments), made once per step: what depends on the batch but not on the layer."""
+        key = (make, *arguments)
+        if key not in self._prepared:
+            self._prepared[key] = make(self, *arguments)
+        prepared: Prepared = self._prepared[key]
+        return prepared

@@ -1,0 +1,88 @@
+"""paged_attention for CPUs, without a gather where torch offers one less.
+
+A decode is bound by memory, so each key and value should travel from memory once. Keys are gathered row by row, for a
+group of requests at a time that fits the L2 caches, and multiplied there; values are not gathered at all, since
+`embedding_bag` is a weighted sum of table rows. A prefill chunk gathers its request's context once and is bound by
+arithmetic: torch's own fused attention does it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
+
+from . import reference
+from .batch import AttentionBatch
+from .cpu_plan import DecodeGroup, DecodePlan, PrefillChunk, Shape, make_plan
+
+# One product over all KV heads, with block-diagonal queries, wastes Hkv - 1 of Hkv operations, and still beats
+# separate products, each too thin for the matrix library, while Hkv is small.
+_MAX_BLOCK_DIAGONAL_HEADS = 8
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """See PagedAttention. With a softcap this is the reference: no model for CPUs has one."""
+    if softcap is not None:
+        return reference.paged_attention(q, k_cache, v_cache, batch, scale, sliding_window, softcap)
+    _, block_size, num_kv_heads, head_size = k_cache.shape
+    shape = Shape(block_size, q.shape[1], num_kv_heads, head_size, k_cache.dtype, sliding_window)
+    plan = batch.prepare(make_plan, shape)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    if plan.decode is not None:
+        _decode(out, q, k_cache, v_cache, plan.decode, scale)
+    for chunk in plan.chunks:
+        out[chunk.rows] = _prefill(q[chunk.rows], k_cache, v_cache, chunk, scale)
+    return out
+
+
+def _decode(out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan, scale: float) -> None:
+    """Write the decodes' rows of out."""
+    _, _, num_kv_heads, head_size = k_cache.shape
+    _spread(plan.queries, q.index_select(0, plan.order), num_kv_heads)
+    key_rows, value_rows = k_cache.view(-1, num_kv_heads * head_size), v_cache.view(-1, head_size)
+    attended = []
+    for group in plan.groups:
+        torch.index_select(key_rows, 0, group.slots, out=group.keys)
+        _softmax_scores(group, plan.queries[group.rows], scale)
+        weights = group.scores.flatten()
+        attended.append(embedding_bag(group.value_rows, value_rows, group.bags, mode="sum", per_sample_weights=weights))
+    out.index_copy_(0, plan.order, torch.cat(attended).view(len(plan.order), -1, head_size))
+
+
+def _spread(queries: Tensor, q: Tensor, num_kv_heads: int) -> None:
+    """Copy q [B, Hq, D] to the diagonal blocks of queries [B, Hq, Hkv * D]."""
+    num_decodes, num_heads, head_size = q.shape
+    group = num_heads // num_kv_heads
+    blocks = queries.view(num_decodes, num_kv_heads, group, num_kv_heads, head_size)
+    diagonal = blocks.diagonal(dim1=1, dim2=3)  # [B, group, D, Hkv]
+    diagonal.copy_(q.view(num_decodes, num_kv_heads, group, head_size).permute(0, 2, 3, 1))
+
+
+def _softmax_scores(group: DecodeGroup, queries: Tensor, scale: float) -> None:
+    """Fill group.scores with the softmax weights."""
+    scores = group.scores
+    keys = group.keys.view(scores.shape[0], scores.shape[2], -1).transpose(1, 2)  # [G, Hkv * D, L]
+    if group.mask is None:
+        torch.baddbmm(scores, queries, keys, beta=0, alpha=scale, out=scores)
+    else:
+        torch.baddbmm(group.mask, queries, keys, alpha=scale, out=scores)
+    torch.softmax(scores, dim=-1, out=scores)
+
+
+def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: PrefillChunk, scale: float) -> Tensor:
+    """Return the chunk's output, [n, Hq, D]."""
+    keys, values = (
+        cache.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1).unsqueeze(0) for cache in (k_cache, v_cache)
+    )
+    heads = q.transpose(0, 1).unsqueeze(0)
+    attended = scaled_dot_product_attention(
+        heads, keys, values, chunk.mask, is_causal=chunk.mask is None, scale=scale, enable_gqa=True
+    )
+    return attended.squeeze(0).transpose(0, 1)

@@ -1,0 +1,92 @@
+"""sample for CPUs: float32 weights, no sort of the vocabulary where a few hundred candidates settle the filters.
+
+Every filter comes down to a floor: the smallest weight, relative to the most probable token's, that is kept. Against
+the reference only those tokens can differ whose float32 rounding decides a floor or the draw.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .batch import SamplingBatch
+from .philox import uniform
+from .reference import mass_above
+
+# The first is enough for the usual top_k, and for top_p on the usual peaked distribution; what neither settles is
+# sorted.
+_CANDIDATES = (256, 4096)
+# The cumulative sum goes over sums of this many neighbours, then over the one block that the draw fell into.
+_BLOCK = 64
+
+
+def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
+    """See Sample."""
+    greedy = logits.argmax(dim=-1)
+    if params.all_greedy:
+        return greedy
+    hot = params.temperature > 0
+    temperature = torch.where(hot, params.temperature, 1).unsqueeze(1)
+    weights = logits.sub(logits.gather(1, greedy.unsqueeze(1))).div_(temperature).exp_()
+    floor = _floor(weights, params, hot)
+    if floor is not None:
+        weights.masked_fill_(weights < floor.unsqueeze(1), 0)
+    return torch.where(hot, _draw(weights, uniform(params.seeds, params.positions)), greedy)
+
+
+def _floor(weights: Tensor, params: SamplingBatch, hot: Tensor) -> Tensor | None:
+    """Return the smallest weight that the filters keep, [R], or None if no filter is on."""
+    if not (params.any_top_k or params.any_top_p or params.any_min_p):
+        return None
+    floor = params.min_p.clone()
+    rows = (hot & ((params.top_k > 0) | (params.top_p < 1))).nonzero().squeeze(1)
+    if len(rows) > 0:
+        floor[rows] = floor[rows].maximum(_rank_floor(weights[rows], params.top_k[rows], params.top_p[rows]))
+    return floor
+
+
+def _rank_floor(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Return the smallest weight that top_k and then top_p keep, [R]."""
+    total = weights.sum(dim=-1).double()
+    floor = torch.empty(len(weights))
+    rows = torch.arange(len(weights))
+    for candidates in (*_CANDIDATES, weights.shape[1]):
+        undecided = weights if len(rows) == len(weights) else weights[rows]
+        largest = undecided.topk(min(candidates, weights.shape[1])).values
+        floor[rows] = _floor_among(largest, total[rows], top_k[rows], top_p[rows])
+        # Above the last candidate all kept tokens are candidates; otherwise there may be more of them.
+        rows = rows[floor[rows] <= largest[:, -1]]
+        if len(rows) == 0:
+            break
+    return floor
+
+
+def _floor_among(ordered: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Return _rank_floor for the largest weights [R, C] in descending order, of rows with the sum `total` [R]."""
+    last = ordered.shape[1]
+    k = torch.where(top_k == 0, last, top_k).clamp(max=last).long().unsqueeze(1)
+    kept = ordered.masked_fill(ordered < ordered.gather(1, k - 1), 0).double()
+    total = torch.where(top_k == 0, total, kept.sum(dim=-1)).unsqueeze(1)
+    limit = torch.where(top_p < 1, top_p.double(), float("inf")).unsqueeze(1) * total
+    within = (mass_above(kept) < limit) & (kept > 0)
+    within[:, 0] = True
+    return ordered.masked_fill(~within, float("inf")).amin(dim=-1)
+
+
+def _draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Return the first ids, [R], at which the cumulative weights exceed u times their sum."""
+    vocabulary = weights.shape[1]
+    blocks = pad(weights, (0, -vocabulary % _BLOCK)).view(len(weights), -(-vocabulary // _BLOCK), _BLOCK)
+    block_ends = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    target = u.unsqueeze(1) * block_ends[:, -1:]
+    block = _first_above(block_ends, target)
+    inside = blocks[torch.arange(len(blocks)), block.squeeze(1)].double().cumsum(dim=-1)
+    rest = target - pad(block_ends, (1, 0)).gather(1, block)
+    token = block * _BLOCK + _first_above(inside, rest)
+    return token.squeeze(1).clamp(max=vocabulary - 1)  # for NaN
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Return the first index [R, 1] of a value above target [R, 1]; rounding may demand the last one with mass."""
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    first = torch.searchsorted(cumulative, target.contiguous(), right=True).minimum(last)
+    return first.clamp(max=cumulative.shape[1] - 1)  # for NaN

@@ -1,0 +1,85 @@
+"""A request's body to a typed request: size, JSON, fields nobody can serve, types; each with a clear refusal."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from pagoda.errors import InvalidRequest
+from pagoda_openai.errors import BodyTooLarge, UnsupportedEncoding
+from pagoda_openai.schemas import IGNORED, NEUTRAL
+
+log = logging.getLogger("pagoda.openai")
+
+T = TypeVar("T")
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The raw body. Raises BodyTooLarge before, or at, the crossing of the limit (bytes)."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedEncoding("a compressed body is not accepted: send it as plain JSON")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise BodyTooLarge(f"the body has {declared} bytes; the most allowed is {limit}")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise BodyTooLarge(f"the body passes {limit} bytes, the most allowed")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def parse(body: bytes, kind: type[T]) -> T:
+    """Raises InvalidRequest naming the field, its value's type and what is expected."""
+    fields = _decode(body, dict[str, msgspec.Raw])
+    known = _field_names(kind)
+    for name, raw in fields.items():
+        if name not in known:
+            _check_other(name, raw)
+    return _decode(body, kind)
+
+
+@lru_cache(maxsize=8)
+def _field_names(kind: type[Any]) -> frozenset[str]:
+    return frozenset(kind.__struct_fields__)
+
+
+def _decode(body: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        path = str(error).rpartition("$")[2].strip("`.")
+        field = path.partition(".")[0].partition("[")[0] or None
+        if field is None and "missing required field" in str(error):
+            field = str(error).split("`")[1]
+        raise InvalidRequest(f"the request is not valid: {error}", field=field) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+
+
+def _check_other(name: str, raw: msgspec.Raw) -> None:
+    if name in IGNORED:
+        return
+    if name not in NEUTRAL:
+        log.warning("a request's unknown field is ignored", extra={"field": name[:100]})
+        return
+    value = _decode(bytes(raw), Any)
+    if value is not None and not any(value == neutral and type(value) is type(neutral) for neutral in _accepted(name)):
+        raise InvalidRequest(f"{name} is not available yet: leave it out", field=name)
+
+
+def _accepted(name: str) -> tuple[Any, ...]:
+    return tuple(v for neutral in NEUTRAL[name] for v in ((neutral, float(neutral)) if _is_int(neutral) else (neutral,)))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+

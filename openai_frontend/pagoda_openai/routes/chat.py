@@ -1,0 +1,81 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagoda.errors import InvalidRequest
+from pagoda.text.generation import Delta
+from pagoda_openai.answer import answer
+from pagoda_openai.generation import Generation, model_of
+from pagoda_openai.parsing import parse, read_body
+from pagoda_openai.schemas import (
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatRequest,
+    UsageBody,
+)
+from pagoda_openai.state import frontend_of
+
+router = APIRouter()
+
+MAX_MESSAGES = 2048
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation, laid out by the model's own chat template."""
+    frontend = frontend_of(request)
+    asked = parse(await read_body(request, frontend.settings.max_body_bytes), ChatRequest)
+    include_usage = asked.include_usage
+    model = await model_of(frontend, asked.model)
+    params, stops = asked.sampling(model.facts, asked.limit), asked.stops
+    prompt_ids = await model.encode_chat(messages_of(asked))
+    generation = Generation(model, [prompt_ids], params, stops, asked.cache_salt)
+    return await answer(request, frontend.settings, generation, ChatShape(generation), asked.stream, include_usage)
+
+
+def messages_of(asked: ChatRequest) -> list[dict[str, str]]:
+    """The conversation as the chat template takes it. Raises InvalidRequest naming what is wrong."""
+    if not 1 <= len(asked.messages) <= MAX_MESSAGES:
+        raise InvalidRequest(
+            f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(asked.messages)}", field="messages"
+        )
+    return [{"role": m.role, "content": m.text(), **({"name": m.name} if m.name else {})} for m in asked.messages]
+
+
+class ChatShape:
+    """How a generation looks on this endpoint."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._id = f"chatcmpl-{generation.id}"
+        self._created = generation.created
+        self._model = generation.model
+
+    def whole(self, choices: list[tuple[str, str]], usage: UsageBody) -> msgspec.Struct:
+        done = [
+            ChatChoice(i, ChatAnswer("assistant", text), finish_reason=reason) for i, (text, reason) in enumerate(choices)
+        ]
+        return ChatCompletion(self._id, "chat.completion", self._created, self._model, done, usage)
+
+    def chunks(self, index: int, delta: Delta, *, is_first: bool) -> list[msgspec.Struct]:
+        """A choice begins with a chunk that says who speaks and ends with one that says why it ends."""
+        choices = [ChatChunkChoice(index, ChatDelta(role="assistant", content=""))] if is_first else []
+        if delta.text or delta.finish_reason is None:
+            choices.append(ChatChunkChoice(index, ChatDelta(content=delta.text)))
+        if delta.finish_reason is not None:
+            choices.append(ChatChunkChoice(index, ChatDelta(), finish_reason=delta.finish_reason))
+        return [self._chunk([choice]) for choice in choices]
+
+    def usage_chunk(self, usage: UsageBody) -> msgspec.Struct:
+        return self._chunk([], usage)
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: UsageBody | None = None) -> ChatChunk:
+        return ChatChunk(self._id, "chat.completion.chunk", self._created, self._model, choices, usage)

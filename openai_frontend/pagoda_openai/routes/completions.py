@@ -1,0 +1,67 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagoda.errors import InvalidRequest
+from pagoda.text.generation import Delta
+from pagoda_openai.answer import answer
+from pagoda_openai.generation import MAX_PROMPTS, Generation, Model, model_of
+from pagoda_openai.parsing import parse, read_body
+from pagoda_openai.schemas import Completion, CompletionChoice, CompletionRequest, UsageBody
+from pagoda_openai.state import frontend_of
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    """Continue one prompt or several, given as text or as token ids."""
+    frontend = frontend_of(request)
+    asked = parse(await read_body(request, frontend.settings.max_body_bytes), CompletionRequest)
+    include_usage = asked.include_usage
+    model = await model_of(frontend, asked.model)
+    params, stops = asked.sampling(model.facts, asked.max_tokens), asked.stops
+    prompts = await prompts_of(asked.prompt, model)
+    generation = Generation(model, prompts, params, stops, asked.cache_salt)
+    return await answer(request, frontend.settings, generation, CompletionShape(generation), asked.stream, include_usage)
+
+
+async def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], model: Model) -> list[list[int]]:
+    """Token ids of each prompt. Raises InvalidRequest for an empty one or too many."""
+    if isinstance(prompt, str):
+        several: list[str] | list[list[int]] = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+        several = [prompt]  # type: ignore[list-item]
+    else:
+        several = prompt  # type: ignore[assignment]
+    if not 1 <= len(several) <= MAX_PROMPTS:
+        raise InvalidRequest(f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(several)}", field="prompt")
+    return [await model.encode(p) if isinstance(p, str) else p for p in several]
+
+
+class CompletionShape:
+    """How a generation looks on this endpoint."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._head = {
+            "id": f"cmpl-{generation.id}",
+            "object": "text_completion",
+            "created": generation.created,
+            "model": generation.model,
+        }
+
+    def whole(self, choices: list[tuple[str, str]], usage: UsageBody) -> msgspec.Struct:
+        done = [CompletionChoice(i, text, finish_reason=reason) for i, (text, reason) in enumerate(choices)]
+        return Completion(**self._head, choices=done, usage=usage)  # type: ignore[arg-type]
+
+    def chunks(self, index: int, delta: Delta, *, is_first: bool) -> list[msgspec.Struct]:
+        choice = CompletionChoice(index, delta.text, finish_reason=delta.finish_reason)
+        return [Completion(**self._head, choices=[choice])]  # type: ignore[arg-type]
+
+    def usage_chunk(self, usage: UsageBody) -> msgspec.Struct:
+        return Completion(**self._head, choices=[], usage=usage)  # type: ignore[arg-type]
