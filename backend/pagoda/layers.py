@@ -91,8 +91,8 @@ class KVCache:
 
     def __init__(self, config: HFConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
 
 
 class Attention(nn.Module):

@@ -1,7 +1,10 @@
 """The ops of the engine: for each a contract, a reference in plain torch, and what is faster on a device.
 
-ops = pagoda_kernels.for_device(torch.device("cpu"))
-hidden = ops.rms_norm(x, weight, eps=1e-5)
+    ops = pagoda_kernels.for_device(torch.device("cpu"))
+    with torch.inference_mode():
+        hidden = ops.rms_norm(x, weight, eps=1e-5)
+
+The ops are for inference: none keeps what a gradient would need.
 """
 
 from .dispatch import MissingKernel, Ops, for_device

@@ -40,5 +40,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for module in (chat, completions, models, health, metrics):
         app.include_router(module.router)
     errors.install(app)
-    app.add_middleware(RequestGate, api=app, frontend=frontend, http_metrics=app.state.http_metrics)
+    app.add_middleware(RequestGate, frontend=frontend, http_metrics=app.state.http_metrics)
     return app

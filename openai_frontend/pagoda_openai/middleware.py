@@ -11,7 +11,6 @@ import time
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagoda.errors import EngineUnavailable
@@ -19,8 +18,6 @@ from pagoda_openai.errors import Unauthorized, response
 from pagoda_openai.http_metrics import HttpMetrics
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from pagoda_openai.generation import Frontend
 
 log = logging.getLogger("pagoda.openai.access")
@@ -33,9 +30,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class RequestGate:
     """The outermost layer."""
 
-    def __init__(self, app: ASGIApp, *, api: FastAPI, frontend: Frontend, http_metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, frontend: Frontend, http_metrics: HttpMetrics) -> None:
         self._app = app
-        self._api = api
         self._frontend = frontend
         self._metrics = http_metrics
         self._key = (frontend.settings.api_key or "").encode()
@@ -53,12 +49,11 @@ class RequestGate:
                 MutableHeaders(scope=message)["x-request-id"] = record.request_id
             await send(message)
 
-        path = self._route_path(scope)
         try:
-            refusal = self._refusal(path, headers)
+            refusal = self._refusal(scope["path"], headers)
             await (refusal or self._app)(scope, receive, send_marked)
         finally:
-            self._account(scope, path, record)
+            self._account(scope, record)
 
     def _refusal(self, path: str, headers: Headers) -> ASGIApp | None:
         if path in OPEN_PATHS:
@@ -69,14 +64,8 @@ class RequestGate:
             return response(EngineUnavailable("the server is shutting down: try another one"))
         return None
 
-    def _route_path(self, scope: Scope) -> str:
-        """The pattern of the route that will serve this request: what the router decides on, not what was written."""
-        for route in self._api.routes:
-            if route.matches(scope)[0] is not Match.NONE:
-                return str(getattr(route, "path", "other"))
-        return "other"
-
-    def _account(self, scope: Scope, path: str, record: _Record) -> None:
+    def _account(self, scope: Scope, record: _Record) -> None:
+        path = getattr(scope.get("route"), "path", "other")  # a pattern, never what a client wrote
         seconds = time.monotonic() - record.started
         self._metrics.count(scope["method"][:16], path, record.status, seconds)
         log.info(

@@ -120,7 +120,8 @@ def _either(value: Any, default: Any) -> Any:
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str | int | list[int]]
+    """A text, token ids, or a list of either."""
     max_tokens: int | None = 16
     """OpenAI's default for this endpoint."""
 

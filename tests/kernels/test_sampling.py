@@ -92,17 +92,17 @@ def test_the_kept_set_is_exact(op: Sample, row: Row, kept: list[int]) -> None:
     """2,000 draws meet every kept token, and no other; once alone, and once far inside a larger vocabulary."""
     rows = [dataclasses.replace(row, seed=7, position=i) for i in range(2000)]
     logits = PROBABILITIES.log().float().repeat(len(rows), 1)
-    assert op(logits, make_params(rows)).unique().tolist() == kept
+    assert sorted(set(op(logits, make_params(rows)).tolist())) == kept
     padded = torch.full((len(rows), 700), float("-inf"))
     padded[:, 300:306] = logits
-    assert (op(padded, make_params(rows)) - 300).unique().tolist() == kept
+    assert sorted(set((op(padded, make_params(rows)) - 300).tolist())) == kept
 
 
 @implementations
 def test_more_equal_logits_than_candidates_are_all_kept(op: Sample) -> None:
     rows = [Row(top_k=3, seed=i) for i in range(4000)]
     tokens = op(torch.zeros(1, 1000).expand(len(rows), -1).clone(), make_params(rows))
-    assert len(tokens.unique()) > 900
+    assert len(set(tokens.tolist())) > 900
 
 
 def assert_frequencies(tokens: torch.Tensor, probabilities: torch.Tensor) -> None:

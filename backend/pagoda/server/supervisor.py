@@ -45,7 +45,8 @@ class Supervisor:
         self.secret = secrets.token_hex(16)
         self.started = time.monotonic()
         self._announce = announce
-        self._scratch = Path(tempfile.mkdtemp(prefix="pagoda-"))
+        self._scratch = Path()
+        """Sockets, locks and copies of this run; short, because a Unix socket's path may hold 107 bytes."""
         self._stop = asyncio.Event()
         self._restarts = 0
         self._triton_started = 0.0
@@ -57,6 +58,7 @@ class Supervisor:
         self.settings.logs.mkdir(parents=True, exist_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        self._scratch = Path(tempfile.mkdtemp(prefix="pagoda-"))
         try:
             await self._serve()
         finally:

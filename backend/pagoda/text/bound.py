@@ -11,10 +11,11 @@ import tokenizers
 
 from pagoda.text.decoding import byte_alphabet, byte_rules
 
-# How much shorter each normalizer can make a text. A composed character is canonically at most four code points, and at
-# most three times its bytes (UAX #15, maximum expansion factors), so composing leaves a quarter at least; the others
-# never shorten a text.
-_SHRINKS = {"NFC": 4, "NFKC": 4, "NFD": 1, "NFKD": 1, "Prepend": 1, "ByteLevel": 1}
+_COMPOSING = frozenset({"NFC", "NFKC"})
+_NEVER_SHORTER = frozenset({"NFD", "NFKD", "Prepend", "ByteLevel"})
+_MOST_COMPOSED = 4
+"""Code points that become one by composing, at most, and more than its bytes shrink (UAX #15, expansion factors)."""
+_NOT_ASCII = bytes(range(0x80, 0x100))
 
 
 class LowerBound:
@@ -27,42 +28,48 @@ class LowerBound:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> None:
         added = tokenizer.get_added_tokens_decoder().values()
-        self._longest = max([1, *map(len, vocabulary), *(len(token.content.encode()) for token in added)])
-        self._drops_space = any(token.lstrip or token.rstrip for token in added)
-        self._shrink = _shrink(tokenizer.normalizer)
-        alphabet = byte_alphabet()
         rules = byte_rules(tokenizer.decoder)
+        steps = _steps(tokenizer.normalizer)
         self._by_bytes = rules is not None and rules.byte_level
-        self._unknown = bytes(byte for char, byte in alphabet.items() if char not in vocabulary)
-        if not self._by_bytes and not (rules and _falls_back(vocabulary)):
-            self._shrink = 0
+        self._unknown = bytes(byte for char, byte in byte_alphabet().items() if char not in vocabulary)
+        self._drops_space = any(token.lstrip or token.rstrip for token in added)
+        self._composes = any(step["type"] in _COMPOSING for step in steps)
+        longest = max([1, *map(len, vocabulary), *(len(token.content.encode()) for token in added if self._by_bytes)])
+        complete = self._by_bytes or (rules is not None and _falls_back(vocabulary))
+        self._per_token = longest * math.prod(map(_shrink, steps)) if complete else 0
 
     def tokens(self, text: str) -> int:
         """At least so many tokens; 0 when nothing can be said. Milliseconds a megabyte."""
-        if not self._shrink:
+        if not self._per_token:
             return 0
         counted = "".join(text.split()) if self._drops_space else text
-        size = len(self._known_bytes(counted)) if self._by_bytes else len(counted)
-        return -(-size // (self._shrink * self._longest))
+        return -(-self._size(counted) // self._per_token)
 
-    def _known_bytes(self, text: str) -> bytes:
-        return text.encode("utf-8", "ignore").translate(None, self._unknown)
+    def _size(self, text: str) -> int:
+        """Bytes or characters that are left of `text` at the least when it has been composed."""
+        known = text.encode("utf-8", "ignore").translate(None, self._unknown if self._by_bytes else b"")
+        size = len(known) if self._by_bytes else len(text)
+        if not self._composes:
+            return size
+        num_ascii = len(known.translate(None, _NOT_ASCII))
+        alone = num_ascii - (len(text) - num_ascii)  # an ASCII character composes only with one that is not
+        return max(-(-size // _MOST_COMPOSED), alone)
 
 
 def _falls_back(vocabulary: Mapping[str, int]) -> bool:
     return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
 
 
-def _shrink(normalizer: Any) -> int:
-    """How many times shorter the normalizer can make a text; 0 when there is no limit."""
+def _steps(normalizer: Any) -> list[dict[str, Any]]:
     if normalizer is None:
-        return 1
+        return []
     spec = json.loads(normalizer.__getstate__())
-    return math.prod(map(_step_shrink, spec["normalizers"] if spec["type"] == "Sequence" else [spec]))
+    return list(spec["normalizers"]) if spec["type"] == "Sequence" else [spec]
 
 
-def _step_shrink(step: Mapping[str, Any]) -> int:
+def _shrink(step: Mapping[str, Any]) -> int:
+    """How many times shorter a normalizer can make a text, composing aside; 0 when there is no limit."""
     if step["type"] == "Replace":
         old = step["pattern"].get("String")
         return -(-len(old.encode()) // len(step["content"])) if old and step["content"] else 0
-    return _SHRINKS.get(step["type"], 0)
+    return int(step["type"] in _COMPOSING | _NEVER_SHORTER)

@@ -11,7 +11,8 @@ one. So, when what a user sent could make one:
    nobody can guess, takes the marks out, and encodes the text in one piece with a twin of the tokenizer that knows the
    stand-ins instead of the control tokens. One piece, so that prefix spaces and merges fall as in any other text.
 
-Other added tokens (`<think>`, runs of spaces) are ordinary text with an id of its own; they stay as they are.
+Other added tokens (`<think>`, runs of spaces) are ordinary text with an id of its own; they stay as they are. A control
+token of a single character has no inside to mark; no model has one.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Guard:
         self._tails = frozenset(text[n:] for text in self._control for n in range(1, len(text)))
         self._first_chars = frozenset(text[0] for text in self._control)
         self._last_chars = frozenset(text[-1] for text in self._control)
-        self._reach = max(map(len, self._control), default=1) - 1
+        self._reach = max(1, max(map(len, self._control), default=1) - 1)
 
     def _twin_id(self, content: str) -> int | None:
         return self._twin.token_to_id(self._stand_ins.get(content, content))
@@ -145,5 +146,23 @@ def _renamed(token: tokenizers.AddedToken, content: str) -> tokenizers.AddedToke
 
 def _patterns(control: Iterable[str]) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """Control tokens, the longest first; and the places where one starts, overlapping ones too."""
-    alternatives = "|".join(re.escape(text) for text in sorted(control, key=len, reverse=True)) or "(?!)"
-    return re.compile(alternatives), re.compile(f"(?={alternatives})")
+    tree = _Tree()
+    for text in control:
+        node = tree
+        for char in text:
+            node = node.setdefault(char, _Tree())
+        node[""] = _Tree()
+    pattern = _branches(tree) or "(?!)"
+    return re.compile(pattern), re.compile(f"(?={pattern})")
+
+
+class _Tree(dict[str, "_Tree"]):
+    """Texts by their characters; "" where one ends."""
+
+
+def _branches(tree: _Tree) -> str:
+    """A pattern for the texts of `tree` that looks at each character once, however many texts (Llama 3 has 256)."""
+    options = [re.escape(char) + _branches(rest) for char, rest in tree.items() if char]
+    if len(options) == 1 and "" not in tree:
+        return options[0]
+    return f"(?:{'|'.join(options)})" + "?" * ("" in tree) if options else ""

@@ -21,7 +21,7 @@ _LONGEST_WAIT = 16
 class IncrementalDetokenizer:
     """The text of one continuation.
 
-    `"".join(push...) + finish()` is what `decode(prompt + all)` adds to `decode(prompt)`; with no prompt, `decode(all)`.
+    `"".join(push...) + finish()` is what `decode(prompt + all)` adds to `decode(prompt)`; alone, `decode(all)`.
     A character that the prompt's last bytes begin belongs to the continuation that completes it.
     """
 

@@ -14,10 +14,6 @@ from . import reference
 from .batch import AttentionBatch
 from .cpu_plan import DecodeGroup, DecodePlan, PrefillChunk, Shape, make_plan
 
-# One product over all KV heads, with block-diagonal queries, wastes Hkv - 1 of Hkv operations, and still beats
-# separate products, each too thin for the matrix library, while Hkv is small.
-_MAX_BLOCK_DIAGONAL_HEADS = 8
-
 
 def paged_attention(
     q: Tensor,
@@ -28,7 +24,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """See PagedAttention. With a softcap this is the reference: no model for CPUs has one."""
+    """See PagedAttention. With a softcap this is the reference, which is several times slower."""
     if softcap is not None:
         return reference.paged_attention(q, k_cache, v_cache, batch, scale, sliding_window, softcap)
     _, block_size, num_kv_heads, head_size = k_cache.shape
@@ -45,28 +41,32 @@ def paged_attention(
 def _decode(out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan, scale: float) -> None:
     """Write the decodes' rows of out."""
     _, _, num_kv_heads, head_size = k_cache.shape
-    _spread(plan.queries, q.index_select(0, plan.order), num_kv_heads)
+    queries = q.index_select(0, plan.order)
+    if plan.diagonal is not None:
+        queries = _spread(plan.diagonal, queries, num_kv_heads)
     key_rows, value_rows = k_cache.view(-1, num_kv_heads * head_size), v_cache.view(-1, head_size)
     attended = []
     for group in plan.groups:
         torch.index_select(key_rows, 0, group.slots, out=group.keys)
-        _softmax_scores(group, plan.queries[group.rows], scale)
-        weights = group.scores.flatten()
-        attended.append(embedding_bag(group.value_rows, value_rows, group.bags, mode="sum", per_sample_weights=weights))
+        if plan.diagonal is None:
+            attended.append(_attend_gathered(group, queries[group.rows], v_cache, scale))
+        else:
+            attended.append(_attend_diagonal(group, queries[group.rows], value_rows, scale))
     out.index_copy_(0, plan.order, torch.cat(attended).view(len(plan.order), -1, head_size))
 
 
-def _spread(queries: Tensor, q: Tensor, num_kv_heads: int) -> None:
-    """Copy q [B, Hq, D] to the diagonal blocks of queries [B, Hq, Hkv * D]."""
+def _spread(spread: Tensor, q: Tensor, num_kv_heads: int) -> Tensor:
+    """Copy q [B, Hq, D] to the diagonal blocks of spread [B, Hq, Hkv * D] and return it."""
     num_decodes, num_heads, head_size = q.shape
     group = num_heads // num_kv_heads
-    blocks = queries.view(num_decodes, num_kv_heads, group, num_kv_heads, head_size)
+    blocks = spread.view(num_decodes, num_kv_heads, group, num_kv_heads, head_size)
     diagonal = blocks.diagonal(dim1=1, dim2=3)  # [B, group, D, Hkv]
     diagonal.copy_(q.view(num_decodes, num_kv_heads, group, head_size).permute(0, 2, 3, 1))
+    return spread
 
 
-def _softmax_scores(group: DecodeGroup, queries: Tensor, scale: float) -> None:
-    """Fill group.scores with the softmax weights."""
+def _attend_diagonal(group: DecodeGroup, queries: Tensor, value_rows: Tensor, scale: float) -> Tensor:
+    """Return the output [G * Hq, D] for spread queries [G, Hq, Hkv * D], with the keys gathered."""
     scores = group.scores
     keys = group.keys.view(scores.shape[0], scores.shape[2], -1).transpose(1, 2)  # [G, Hkv * D, L]
     if group.mask is None:
@@ -74,6 +74,20 @@ def _softmax_scores(group: DecodeGroup, queries: Tensor, scale: float) -> None:
     else:
         torch.baddbmm(group.mask, queries, keys, alpha=scale, out=scores)
     torch.softmax(scores, dim=-1, out=scores)
+    return embedding_bag(group.value_rows, value_rows, group.bags, mode="sum", per_sample_weights=scores.flatten())
+
+
+def _attend_gathered(group: DecodeGroup, queries: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+    """Return the output [G * Hq, D] for queries [G, Hq, D], with the keys gathered."""
+    requests, _, width = group.scores.shape
+    shape = (requests, width, *v_cache.shape[2:])
+    keys, values = group.keys.view(shape), v_cache.flatten(0, 1).index_select(0, group.slots).view(shape)
+    mask = None if group.mask is None else group.mask.unsqueeze(1)
+    heads = queries.unsqueeze(2)  # [G, Hq, 1, D]
+    attended = scaled_dot_product_attention(
+        heads, keys.transpose(1, 2), values.transpose(1, 2), mask, scale=scale, enable_gqa=True
+    )
+    return attended.reshape(-1, queries.shape[-1])
 
 
 def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: PrefillChunk, scale: float) -> Tensor:

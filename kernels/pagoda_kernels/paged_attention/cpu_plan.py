@@ -19,6 +19,10 @@ from .reference import visible_positions
 GROUP_KEY_BYTES = 2**21
 GROUP_REQUESTS = 32
 
+# One product over all KV heads, with block-diagonal queries, wastes Hkv - 1 of Hkv operations, and still beats
+# separate products, each too thin for the matrix library, while Hkv is small.
+DIAGONAL_KV_HEADS = 8
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -57,8 +61,8 @@ class DecodePlan:
     order: Tensor
     """[B] int64: the decodes sorted by length."""
     groups: list[DecodeGroup]
-    queries: Tensor
-    """[B, Hq, Hkv * D] scratch: each query in the columns of its KV head, zeros elsewhere."""
+    diagonal: Tensor | None
+    """[B, Hq, Hkv * D] scratch for each query in the columns of its KV head, zeros elsewhere; None: too many heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +106,10 @@ def _plan_decodes(batch: AttentionBatch, shape: Shape) -> DecodePlan:
         bags = torch.arange(0, num_scores, width, dtype=torch.int32)
         rows = _value_rows(slots.view(len(requests), width), shape)
         groups.append(DecodeGroup(span, slots, mask, keys[:size], group_scores, rows, bags))
-    row_size = shape.num_kv_heads * shape.head_size
-    queries = torch.zeros(len(order), shape.num_heads, row_size, dtype=shape.dtype)
-    return DecodePlan(torch.tensor(order), groups, queries)
+    diagonal = None
+    if shape.num_kv_heads <= DIAGONAL_KV_HEADS:
+        diagonal = torch.zeros(len(order), shape.num_heads, keys.shape[1], dtype=shape.dtype)
+    return DecodePlan(torch.tensor(order), groups, diagonal)
 
 
 def _group(lens: list[int], order: list[int], shape: Shape) -> Iterator[slice]:

@@ -76,6 +76,7 @@ CASES = (
     Case("top_p", (Row(top_p=0.9),)),
     Case("top_p_tiny", (Row(top_p=1e-6),)),
     Case("top_p_flat", (Row(2.0, top_p=0.95),), vocabulary=20000, spread=0.1),
+    Case("top_k_then_top_p_flat", (Row(2.0, 700, 0.9), Row(2.0, 5000, 0.5)), vocabulary=9000, spread=0.5),
     Case("min_p", (Row(min_p=0.1),)),
     Case("min_p_1", (Row(min_p=1.0),)),
     Case("all_filters", (_ALL,)),

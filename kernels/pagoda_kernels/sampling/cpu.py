@@ -52,20 +52,29 @@ def _rank_floor(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     for candidates in (*_CANDIDATES, weights.shape[1]):
         undecided = weights if len(rows) == len(weights) else weights[rows]
         largest = undecided.topk(min(candidates, weights.shape[1])).values
-        floor[rows] = _floor_among(largest, total[rows], top_k[rows], top_p[rows])
-        # Above the last candidate all kept tokens are candidates; otherwise there may be more of them.
-        rows = rows[floor[rows] <= largest[:, -1]]
+        kth = _kth(largest, top_k[rows])
+        found = _floor_among(largest, kth, total[rows], top_p[rows])
+        floor[rows] = found
+        # All tokens above the last candidate are candidates: what is not above it may be only a part.
+        rows = rows[found.minimum(kth) <= largest[:, -1]]
         if len(rows) == 0:
             break
     return floor
 
 
-def _floor_among(ordered: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def _kth(ordered: Tensor, top_k: Tensor) -> Tensor:
+    """Return the k-th of the descending weights [R, C], the last one if there are fewer, and inf if top_k is off."""
+    index = top_k.clamp(1, ordered.shape[1]).long() - 1
+    kth = ordered.gather(1, index.unsqueeze(1)).squeeze(1)
+    return kth.masked_fill(top_k == 0, float("inf"))
+
+
+def _floor_among(ordered: Tensor, kth: Tensor, total: Tensor, top_p: Tensor) -> Tensor:
     """Return _rank_floor for the largest weights [R, C] in descending order, of rows with the sum `total` [R]."""
-    last = ordered.shape[1]
-    k = torch.where(top_k == 0, last, top_k).clamp(max=last).long().unsqueeze(1)
-    kept = ordered.masked_fill(ordered < ordered.gather(1, k - 1), 0).double()
-    total = torch.where(top_k == 0, total, kept.sum(dim=-1)).unsqueeze(1)
+    by_rank = kth.isfinite()
+    floor = torch.where(by_rank, kth, 0).unsqueeze(1)
+    kept = ordered.masked_fill(ordered < floor, 0).double()
+    total = torch.where(by_rank, kept.sum(dim=-1), total).unsqueeze(1)
     limit = torch.where(top_p < 1, top_p.double(), float("inf")).unsqueeze(1) * total
     within = (mass_above(kept) < limit) & (kept > 0)
     within[:, 0] = True

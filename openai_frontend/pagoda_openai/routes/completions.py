@@ -31,17 +31,20 @@ async def completions(request: Request) -> Response:
     return await answer(request, frontend.settings, generation, CompletionShape(generation), asked.stream, include_usage)
 
 
-async def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], model: Model) -> list[list[int]]:
-    """Token ids of each prompt. Raises InvalidRequest for an empty one or too many."""
+async def prompts_of(prompt: str | list[str | int | list[int]], model: Model) -> list[list[int]]:
+    """Token ids of each prompt. Raises InvalidRequest for an empty one, a mixture, or too many."""
     if isinstance(prompt, str):
-        several: list[str] | list[list[int]] = [prompt]
-    elif prompt and isinstance(prompt[0], int):
-        several = [prompt]  # type: ignore[list-item]
-    else:
-        several = prompt  # type: ignore[assignment]
-    if not 1 <= len(several) <= MAX_PROMPTS:
-        raise InvalidRequest(f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(several)}", field="prompt")
-    return [await model.encode(p) if isinstance(p, str) else p for p in several]
+        return [await model.encode(prompt)]
+    texts = [p for p in prompt if isinstance(p, str)]
+    ids = [p for p in prompt if isinstance(p, int)]
+    lists = [p for p in prompt if isinstance(p, list)]
+    if len(prompt) not in (len(texts), len(ids), len(lists)):
+        raise InvalidRequest("prompt mixes texts, token ids and lists of them: use one kind", field="prompt")
+    if ids:
+        return [ids]
+    if not 1 <= len(prompt) <= MAX_PROMPTS:
+        raise InvalidRequest(f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(prompt)}", field="prompt")
+    return lists or [await model.encode(text) for text in texts]
 
 
 class CompletionShape:

@@ -1,0 +1,145 @@
+"""The standard text contract: tritonclient over gRPC, /generate and /generate_stream."""
+
+from __future__ import annotations
+
+import json
+import queue
+import urllib.error
+import urllib.request
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+from service import MODEL, Service
+from tritonclient.utils import InferenceServerException
+
+PROMPT = "The capital of France is"
+ANSWER = " Paris.\n\nThe answer is:"
+GREEDY = {"temperature": 0, "max_tokens": 8}
+
+
+def tensor(name: str, value: Any, datatype: str) -> grpcclient.InferInput:
+    dtype = {"BYTES": np.object_, "BOOL": np.bool_}[datatype]
+    made = grpcclient.InferInput(name, [1], datatype)
+    made.set_data_from_numpy(np.array([value.encode() if isinstance(value, str) else value], dtype=dtype))
+    return made
+
+
+def infer(service: Service, inputs: list[grpcclient.InferInput], **parameters: Any) -> list[Any]:
+    """Every response of one request, errors among them, up to the final one."""
+    responses: queue.Queue[Any] = queue.Queue()
+    client = grpcclient.InferenceServerClient(service.instance.grpc_address)
+    client.start_stream(lambda result, error: responses.put(error or result))
+    client.async_stream_infer(MODEL, inputs, parameters=parameters or None, enable_empty_final_response=True)
+    found = []
+    while True:
+        item = responses.get(timeout=60)
+        found.append(item)
+        final = not isinstance(item, Exception) and item.get_response().parameters["triton_final_response"].bool_param
+        if final or isinstance(item, Exception):
+            client.stop_stream(cancel_requests=False)
+            client.close()
+            return found
+
+
+def texts(responses: list[Any]) -> list[str]:
+    return [r.as_numpy("text_output")[0].decode() for r in responses if r.as_numpy("text_output") is not None]
+
+
+def test_streaming_gives_deltas_and_final_rides_the_last(calm: Service) -> None:
+    inputs = [
+        tensor("text_input", PROMPT, "BYTES"),
+        tensor("stream", True, "BOOL"),
+        tensor("sampling_parameters", json.dumps(GREEDY), "BYTES"),
+        tensor("return_finish_reason", True, "BOOL"),
+        tensor("return_num_output_tokens", True, "BOOL"),
+    ]
+    responses = infer(calm, inputs)
+    assert "".join(texts(responses)) == ANSWER
+    reasons = [r.as_numpy("finish_reason")[0].decode() for r in responses]
+    assert reasons == ["None"] * (len(reasons) - 1) + ["length"]
+    assert sum(int(r.as_numpy("num_output_tokens")[0]) for r in responses) == 8
+
+
+def test_whole_answer_has_the_prompt_before_it_unless_excluded(calm: Service) -> None:
+    base = [tensor("text_input", PROMPT, "BYTES"), tensor("sampling_parameters", json.dumps(GREEDY), "BYTES")]
+    assert texts(infer(calm, base)) == [PROMPT + ANSWER]
+    assert texts(infer(calm, [*base, tensor("exclude_input_in_output", True, "BOOL")])) == [ANSWER]
+
+
+def test_parameters_may_be_the_request_s_own_and_numbers_strings(calm: Service) -> None:
+    inputs = [tensor("text_input", PROMPT, "BYTES"), tensor("exclude_input_in_output", True, "BOOL")]
+    assert texts(infer(calm, inputs, temperature="0", max_tokens="8")) == [ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        ({"temperature": -1}, "temperature must be in"),
+        ({"max_tokens": "many"}, "parameter max_tokens='many'"),
+        ({"no_such": 1}, "parameter 'no_such' is not available"),
+        ({"max_tokens": 9000}, "together pass the model's context of 8192 tokens by 813"),
+    ],
+)
+def test_a_bad_parameter_is_named(calm: Service, extra: dict[str, Any], message: str) -> None:
+    inputs = [tensor("text_input", PROMPT, "BYTES"), tensor("sampling_parameters", json.dumps(extra), "BYTES")]
+    (error,) = infer(calm, inputs)
+    assert isinstance(error, InferenceServerException)
+    assert message in error.message()
+
+
+def test_streaming_with_the_input_is_refused(calm: Service) -> None:
+    inputs = [
+        tensor("text_input", PROMPT, "BYTES"),
+        tensor("stream", True, "BOOL"),
+        tensor("exclude_input_in_output", False, "BOOL"),
+    ]
+    (error,) = infer(calm, inputs)
+    assert "exclude_input_in_output = False is not allowed" in error.message()
+
+
+def _post(service: Service, path: str, body: dict[str, Any]) -> bytes:
+    request = urllib.request.Request(f"{service.instance.http_url}/v2/models/{MODEL}/{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return bytes(response.read())
+
+
+def test_generate_and_generate_stream(calm: Service) -> None:
+    body = {"text_input": PROMPT, **GREEDY}
+    assert json.loads(_post(calm, "generate", body))["text_output"] == PROMPT + ANSWER
+    lines = _post(calm, "generate_stream", {**body, "stream": True}).splitlines()
+    pieces = [json.loads(line[6:])["text_output"] for line in lines if line.startswith(b"data: {")]
+    assert "".join(pieces) == ANSWER
+
+
+def test_repository_control_needs_the_secret(calm: Service) -> None:
+    client = grpcclient.InferenceServerClient(calm.instance.grpc_address)
+    for call in (lambda: client.unload_model(MODEL), lambda: client.get_model_config(MODEL)):
+        with pytest.raises(InferenceServerException, match="expecting header"):
+            call()
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(
+            urllib.request.Request(f"{calm.instance.http_url}/v2/repository/models/{MODEL}/unload", b"{}"), timeout=5
+        )
+
+
+def _frame_error(service: Service, raw: bytes) -> str:
+    made = grpcclient.InferInput("session", [len(raw)], "UINT8")
+    made.set_data_from_numpy(np.frombuffer(raw, dtype=np.uint8))
+    (error,) = infer(service, [made])
+    assert isinstance(error, InferenceServerException)
+    return str(error.message())
+
+
+def test_frames_that_are_not_ours_are_refused_and_the_stub_lives(calm: Service) -> None:
+    from pagoda import protocol as wire
+
+    stubs = calm.pids("python_backend_stub")
+    assert "no frame of the session protocol" in _frame_error(calm, b"\xc1 not msgpack")
+    assert "no frame of the session protocol" in _frame_error(calm, b"\x91" * 100_000)
+    stranger = wire.encode(wire.Frame("0" * 32, "data", [wire.Close()]))
+    assert "no such session is open" in _frame_error(calm, stranger)
+    assert calm.pids("python_backend_stub") == stubs
+    assert texts(infer(calm, [tensor("text_input", PROMPT, "BYTES")], temperature=0, max_tokens=8)) == [PROMPT + ANSWER]

@@ -1,0 +1,168 @@
+"""Faults of the memory, one class or patch each: what the checks must catch, or they check nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from unittest import mock
+
+from pagoda.block_pool import BlockPool
+from pagoda.protocol import FinishReason
+from pagoda.request import Request, Status
+from pagoda.scheduler import Chunk, Scheduler
+
+
+class LeakOnFinish(Scheduler):
+    """The last block of a request that ends is not freed."""
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is Status.RUNNING:
+            request.block_ids.pop()
+        super()._finish(request, reason)
+
+
+class OneReferenceTooMany(BlockPool):
+    """Sharing a cached block counts it twice."""
+
+    def share(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            was_free = self.num_unreferenced([block])
+            super().share([block] * (1 + was_free))
+
+
+class FreesWhatIsShared(BlockPool):
+    """A shared block is free as soon as the first of its owners lets go."""
+
+    def release(self, blocks: Sequence[int]) -> None:
+        super().release(blocks)
+        for block in blocks:
+            if self._references[block] > 0:
+                self._free[block] = None
+
+
+class ReusesAWritableBlock(Scheduler):
+    """A decode that needs a block gets the last one of its neighbour; the references are right."""
+
+    def _make_room(self, request: Request) -> bool:
+        other = next((r for r in self.running if r is not request), None)
+        if other is not None and request.num_computed == len(request.block_ids) * self.block_size:
+            self.pool.share(other.block_ids[-1:])
+            request.block_ids.append(other.block_ids[-1])
+        return super()._make_room(request)
+
+
+class SharesAPartBlock(Scheduler):
+    """A prompt's hit is taken to reach one block further, into one that its owner still writes."""
+
+    def _take_blocks(self, request: Request) -> bool:
+        if not super()._take_blocks(request):
+            return False
+        index = request.num_computed // self.block_size
+        for other in self.running:
+            if 0 < index < len(other.block_ids) and other.block_ids[:index] == request.block_ids[:index]:
+                self.pool.share(other.block_ids[index : index + 1])
+                self.pool.release(request.block_ids[index : index + 1])
+                request.block_ids[index] = other.block_ids[index]
+                break
+        return True
+
+
+class PublishesTooEarly(Scheduler):
+    """A block is published one token before it is full."""
+
+    def _publish_blocks(self, request: Request, num_computed: int) -> None:
+        if num_computed < len(request.token_ids):
+            super()._publish_blocks(request, num_computed + 1)
+
+
+class PublishesTheNextBlock(Scheduler):
+    """A hash is given to the block after the one that it is the hash of."""
+
+    def _publish_blocks(self, request: Request, num_computed: int) -> None:
+        if not self.enable_prefix_caching:
+            return
+        full = num_computed // self.block_size
+        for index in range(request.num_published, min(full, len(request.block_ids) - 1)):
+            self.pool.publish(request.block_ids[index + 1], request.block_hash(index, self.block_size))
+        request.num_published = max(request.num_published, full)
+
+
+class SkipsTheLastToken(Scheduler):
+    """A hit on the whole prompt leaves nothing to compute but is taken one block too far: the salt is ignored."""
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        salt, request.cache_salt = request.cache_salt, ""
+        request.hashes.clear()
+        found = super()._find_prefix(request)
+        request.cache_salt = salt
+        request.hashes.clear()
+        return found
+
+
+def _stale_results_count() -> AbstractContextManager[object]:
+    """What a step computed before a preemption is taken for what it computes now."""
+    return mock.patch.object(Chunk, "is_stale", property(lambda chunk: chunk.request.status is not Status.RUNNING))
+
+
+class PreemptsAfterTheGrant(Scheduler):
+    """Room for a late decode is made by preempting one that is in the plan already."""
+
+    def _preempt(self, request: Request) -> None:
+        super()._preempt(self.running[0] if len(self.running) > 1 else request)
+
+
+class DropsATokenOnPreemption(Scheduler):
+    """A preempted request loses a token that it had given out."""
+
+    def _preempt(self, request: Request) -> None:
+        super()._preempt(request)
+        if request.num_output_tokens:
+            request.token_ids.pop()
+
+
+class ForgetsTheBudget(Scheduler):
+    """Waiting requests get a budget of their own."""
+
+    def _admit(self, plan: object, budget: int) -> None:
+        super()._admit(plan, budget + 1)  # type: ignore[arg-type]
+
+
+class NewestFirst(Scheduler):
+    """The queue serves the newest first, so that the oldest starves."""
+
+    def _next_waiting(self) -> Request | None:
+        self._waiting.sort(key=lambda entry: (entry[1].status is Status.WAITING, entry[0]), reverse=True)
+        return super()._next_waiting()
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    pool: type[BlockPool] = BlockPool
+    scheduler: type[Scheduler] = Scheduler
+    patch: Callable[[], AbstractContextManager[object]] = nullcontext
+    seen_by_check: bool = False
+    """True when the engine's own idle check must see it as well."""
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _faults() -> Iterator[Fault]:
+    yield Fault("one block not freed on finish", scheduler=LeakOnFinish, seen_by_check=True)
+    yield Fault("one reference too many", pool=OneReferenceTooMany, seen_by_check=True)
+    yield Fault("shared block freed with its first owner", pool=FreesWhatIsShared, seen_by_check=True)
+    yield Fault("writable block reused", scheduler=ReusesAWritableBlock)
+    yield Fault("partly filled block shared", scheduler=SharesAPartBlock)
+    yield Fault("published a token early", scheduler=PublishesTooEarly)
+    yield Fault("published under the next hash", scheduler=PublishesTheNextBlock)
+    yield Fault("salt ignored", scheduler=SkipsTheLastToken)
+    yield Fault("stale result applied after preemption", patch=_stale_results_count)
+    yield Fault("preempted after its grant", scheduler=PreemptsAfterTheGrant)
+    yield Fault("token lost on preemption", scheduler=DropsATokenOnPreemption)
+    yield Fault("budget exceeded", scheduler=ForgetsTheBudget)
+    yield Fault("newest first", scheduler=NewestFirst)
+
+
+FAULTS = list(_faults())
