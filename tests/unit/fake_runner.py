@@ -104,6 +104,8 @@ class FakeRunner:
         self.slots: list[list[int | None]] = [[None] * self.block_size for _ in range(scheduler.pool.num_blocks)]
         self.origin: dict[int, tuple[int, int]] = {}
         """Of each trace ever written: the trace before it, and its token."""
+        self.names: dict[tuple[int | None, ...], bytes | None] = {}
+        """The hash that each content seen in a block deserves."""
         self.num_launches = 0
         self.num_tokens = 0
         self.in_flight: list[FakeLaunched] = []
@@ -239,31 +241,32 @@ def _audit_names(runner: FakeRunner) -> None:
 
 def content_name(runner: FakeRunner, block: int) -> bytes | None:
     """The hash that a block's content deserves, from the writes alone; None unless every slot follows the one before."""
-    slots = runner.slots[block]
-    last = slots[-1]
-    if last is None:
+    key = tuple(runner.slots[block])
+    if key not in runner.names:
+        runner.names[key] = _name(runner, key)
+    return runner.names[key]
+
+
+def _name(runner: FakeRunner, slots: tuple[int | None, ...]) -> bytes | None:
+    roots = {root_trace(salt): hashlib.sha256(b"pagoda\0" + salt.encode()).digest() for salt in SALTS}
+    chain: list[tuple[int, int]] = []
+    trace = slots[-1]
+    while trace is not None and trace not in roots:
+        before, token = runner.origin[trace]
+        chain.insert(0, (trace, token))
+        trace = before
+    size = runner.block_size
+    if trace is None or len(chain) % size or tuple(t for t, _ in chain[-size:]) != slots:
         return None
-    names, chain = {root_trace(salt): _root_name(salt) for salt in SALTS}, []
-    while last not in names:
-        before, token = runner.origin[last]
-        chain.append((last, token))
-        last = before
-    chain.reverse()
-    if [trace for trace, _ in chain[-runner.block_size :]] != slots or len(chain) % runner.block_size:
-        return None
-    name = names[last]
-    for start in range(0, len(chain), runner.block_size):
-        tokens = [token for _, token in chain[start : start + runner.block_size]]
-        name = hashlib.sha256(name + struct.pack(f"={len(tokens)}q", *tokens)).digest()
+    name = roots[trace]
+    for start in range(0, len(chain), size):
+        tokens = [token for _, token in chain[start : start + size]]
+        name = hashlib.sha256(name + struct.pack(f"={size}q", *tokens)).digest()
     return name
 
 
 SALTS = ("", "a", "b")
 """The salts that tests use."""
-
-
-def _root_name(salt: str) -> bytes:
-    return hashlib.sha256(b"pagoda\0" + salt.encode()).digest()
 
 
 def _audit_request(runner: FakeRunner, request: Request, owners: Counter[int]) -> None:

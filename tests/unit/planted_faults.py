@@ -88,8 +88,8 @@ class PublishesTheNextBlock(Scheduler):
         request.num_published = max(request.num_published, full)
 
 
-class SkipsTheLastToken(Scheduler):
-    """A hit on the whole prompt leaves nothing to compute but is taken one block too far: the salt is ignored."""
+class IgnoresTheSalt(Scheduler):
+    """A prefix is looked up under the empty salt."""
 
     def _find_prefix(self, request: Request) -> list[int]:
         salt, request.cache_salt = request.cache_salt, ""
@@ -157,7 +157,7 @@ def _faults() -> Iterator[Fault]:
     yield Fault("partly filled block shared", scheduler=SharesAPartBlock)
     yield Fault("published a token early", scheduler=PublishesTooEarly)
     yield Fault("published under the next hash", scheduler=PublishesTheNextBlock)
-    yield Fault("salt ignored", scheduler=SkipsTheLastToken)
+    yield Fault("salt ignored", scheduler=IgnoresTheSalt)
     yield Fault("stale result applied after preemption", patch=_stale_results_count)
     yield Fault("preempted after its grant", scheduler=PreemptsAfterTheGrant)
     yield Fault("token lost on preemption", scheduler=DropsATokenOnPreemption)

@@ -1,0 +1,206 @@
+"""Clients and processes die; whoever did not, goes on. Each wait's bound is the one that is promised."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import psutil
+import pytest
+from service import MODEL, Service, sse_events, wait_for
+
+CLIENT = """
+import json, sys, threading, urllib.request
+def stream(i):
+    body = json.dumps({"model": "smollm2", "prompt": f"Story {i}:", "max_tokens": 4000, "stream": True, "ignore_eos": True})
+    request = urllib.request.Request(sys.argv[1] + "/v1/completions", body.encode())
+    for line in urllib.request.urlopen(request):
+        pass
+threads = [threading.Thread(target=stream, args=(i,)) for i in range(int(sys.argv[2]))]
+[t.start() for t in threads]; [t.join() for t in threads]
+"""
+
+
+def start_client(service: Service, streams: int) -> subprocess.Popen[bytes]:
+    """A process with `streams` endless completions, all of them running in the engine."""
+    before = service.metric("num_requests_running")
+    client = subprocess.Popen([sys.executable, "-c", CLIENT, service.url, str(streams)], stderr=subprocess.DEVNULL)
+    wait_for(lambda: service.metric("num_requests_running") == before + streams, 60, "the client's streams to run")
+    return client
+
+
+class Stream(threading.Thread):
+    """One streamed completion, read to its end."""
+
+    def __init__(self, service: Service, max_tokens: int, *, model: str = MODEL, prompt: str = "Once") -> None:
+        super().__init__(daemon=True)
+        self.url = service.url
+        self.body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        self.text = ""
+        self.finish_reasons: list[str] = []
+        self.error: str | None = None
+        self.ended_at = 0.0
+        self.first = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(self.body).encode())
+            with urllib.request.urlopen(request, timeout=120) as response:
+                for event in sse_events(response):
+                    self.take(event)
+        except urllib.error.HTTPError as error:
+            self.error = json.loads(error.read())["error"]["message"]
+        except OSError as error:
+            self.error = f"connection: {error}"
+        self.ended_at = time.monotonic()
+        self.first.set()
+
+    def take(self, event: dict) -> None:
+        if "error" in event:
+            self.error = event["error"]["message"]
+            return
+        for choice in event["choices"]:
+            self.text += choice["text"]
+            self.first.set()
+            if choice["finish_reason"]:
+                self.finish_reasons.append(choice["finish_reason"])
+
+    def ends_once(self, seconds: float = 60) -> None:
+        """Exactly one finish reason or one error, within a bound."""
+        self.join(seconds)
+        assert not self.is_alive()
+        assert len(self.finish_reasons) + (self.error is not None) == 1, (self.finish_reasons, self.error)
+
+
+def test_killed_client_frees_its_requests_within_a_second(calm: Service) -> None:
+    canary = Stream(calm, 400)
+    canary.first.wait(30)
+    client = start_client(calm, 8)
+    client.kill()
+    wait_for(lambda: calm.metric("num_requests_running") == 1, 1.5, "the eight requests to end")
+    canary.ends_once()
+    assert canary.finish_reasons == ["length"]
+    wait_for(calm.is_idle, 2, "all blocks to be free")
+    assert calm.is_idle()
+    assert calm.metric("kv_cache_usage_perc", triton=True) == 0
+
+
+def test_closing_one_connection_leaves_the_others_alone(calm: Service) -> None:
+    canary = Stream(calm, 60)
+    lone = Stream(calm, 60)
+    canary.first.wait(30)
+    client = start_client(calm, 2)
+    client.terminate()
+    canary.ends_once()
+    lone.ends_once()
+    assert canary.text == lone.text
+
+
+def test_killed_frontend_worker_is_replaced_and_its_requests_are_aborted(calm: Service) -> None:
+    workers = calm.pids("pagoda_openai.worker")
+    assert len(workers) == 2
+    client = start_client(calm, 6)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: len(set(calm.pids("pagoda_openai.worker")) - set(workers)) == 2, 5, "new workers")
+    calm.wait_ready(20)
+    wait_for(lambda: calm.metric("num_requests_running", triton=True) == 0, 10, "the orphaned requests to be aborted")
+    client.wait(20)
+
+
+def test_killed_engine_comes_back_by_itself(calm: Service) -> None:
+    triton, stubs = calm.pids("bin/tritonserver"), calm.pids("python_backend_stub")
+    streams = [Stream(calm, 2000, prompt=f"Tale {i}") for i in range(4)]
+    for stream in streams:
+        stream.first.wait(30)
+    engines = calm.pids("pagoda.process")
+    assert len(engines) == 2
+    killed = engine_of(MODEL, engines)
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: calm.status("/health") == 503, 2, "/health to tell")
+    for stream in streams:
+        stream.ends_once(5)
+        assert "the engine process ended by signal 9" in (stream.error or "")
+    took = wait_for(lambda: calm.status("/health") == 200, 30, "the engine to come back")
+    print(f"engine back after {took:.1f} s")
+    assert calm.pids("bin/tritonserver") == triton
+    assert calm.pids("python_backend_stub") == stubs
+    after = Stream(calm, 8)
+    after.ends_once()
+    assert after.finish_reasons == ["length"]
+
+
+def engine_of(model: str, engines: list[int]) -> int:
+    """The engine process that holds the model's lock file open."""
+    for pid in engines:
+        if any(f.path.endswith(f"engine-{model}.lock") for f in psutil.Process(pid).open_files()):
+            return pid
+    raise AssertionError(f"no engine of {model} among {engines}")
+
+
+def test_text_requests_survive_a_killed_engine(calm: Service) -> None:
+    """The text worker opens a new session with the new engine."""
+    os.kill(engine_of(MODEL, calm.pids("pagoda.process")), signal.SIGKILL)
+    wait_for(lambda: calm.status("/health") == 503, 2, "/health to tell")
+    wait_for(lambda: calm.status("/health") == 200, 30, "the engine to come back")
+    body = json.dumps({"text_input": "The capital of France is", "max_tokens": 4, "temperature": 0}).encode()
+    url = f"{calm.instance.http_url}/v2/models/{MODEL}/generate"
+
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, body), timeout=20) as response:
+                return b"Paris" in response.read()
+        except urllib.error.HTTPError:
+            return False
+
+    wait_for(answers, 5, "a text request to be answered")
+
+
+def test_killed_text_worker_comes_back(calm: Service) -> None:
+    before = calm.pids("pagoda.text.worker")
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: len(set(calm.pids("pagoda.text.worker")) - set(before)) == 2, 5, "new text workers")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_lost_stub_is_noticed_and_the_service_recovers(calm: Service, how: signal.Signals) -> None:
+    stream = Stream(calm, 2000)
+    stream.first.wait(30)
+    for pid in calm.pids("python_backend_stub"):
+        os.kill(pid, how)
+    began = time.monotonic()
+    wait_for(lambda: calm.status("/health") == 503, 2.5, "/health to tell")
+    stream.ends_once(15)
+    assert stream.error is not None
+    wait_for(lambda: calm.status("/health") == 200, 30, "the service to recover")
+    print(f"recovered after {time.monotonic() - began:.1f} s")
+    after = Stream(calm, 8)
+    after.ends_once()
+    assert after.finish_reasons == ["length"]
+
+
+def test_killed_tritonserver_is_started_again_without_strays(calm: Service) -> None:
+    (triton,) = calm.pids("bin/tritonserver")
+    below = [p.pid for p in psutil.Process(triton).children(recursive=True)]
+    os.kill(triton, signal.SIGKILL)
+    wait_for(lambda: calm.status("/health") == 503, 2.5, "/health to tell")
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in below), 5, "its children to be gone")
+    wait_for(lambda: calm.status("/health") == 200, 30, "the service to recover")
+    after = Stream(calm, 8)
+    after.ends_once()
+    assert after.finish_reasons == ["length"]

@@ -1,0 +1,131 @@
+"""Models come and go while the service runs; the service itself ends and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from service import MODEL, Service, running, wait_for, write_model
+from test_faults import Stream, start_client
+
+
+def pagoda(service: Service, *arguments: str) -> None:
+    command = [str(Path(sys.prefix) / "bin" / "pagoda"), *arguments, "--run-folder", str(service.run_folder)]
+    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_ten_unloads_and_loads_under_streams(calm: Service) -> None:
+    """Never two engines of a model, every stream ends with a reason, the other model is untouched."""
+    other = calm.metric("engine_steps_total", "short")
+    (untouched,) = set(calm.pids("pagoda.process")) - set(engines_of(calm, MODEL))
+    for _ in range(10):
+        streams = [Stream(calm, 3000, prompt=f"Tale {i}") for i in range(3)]
+        for stream in streams:
+            stream.first.wait(30)
+        began = time.monotonic()
+        pagoda(calm, "unload", MODEL)
+        for stream in streams:
+            stream.ends_once(10)
+            assert stream.error is not None
+            assert "being unloaded" in stream.error
+        assert max(s.ended_at for s in streams) - began < 8
+        neighbour = Stream(calm, 4, model="short")
+        neighbour.ends_once(20)
+        assert neighbour.finish_reasons == ["length"]
+        pagoda(calm, "load", MODEL)
+        assert len(engines_of(calm, MODEL)) == 1
+        wait_for(lambda: calm.status(f"/v1/models/{MODEL}") == 200 and calm.status("/health") == 200, 10, "the model")
+        after = Stream(calm, 4)
+        after.ends_once(20)
+        assert after.finish_reasons == ["length"], after.error
+    assert untouched in calm.pids("pagoda.process")
+    assert calm.metric("engine_steps_total", "short") >= other
+
+
+def engines_of(service: Service, model: str) -> list[int]:
+    """Engine processes that hold, or wait for, the model's lock."""
+    found = []
+    for pid in service.pids("pagoda.process"):
+        try:
+            if any(f.path.endswith(f"engine-{model}.lock") for f in psutil.Process(pid).open_files()):
+                found.append(pid)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def leftovers(pids: list[int], ports: list[int]) -> list[str]:
+    """What a service that has ended still holds: processes, ports, shared memory, folders."""
+    alive = [f"process {pid}" for pid in pids if psutil.pid_exists(pid)]
+    listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    held = [f"port {port}" for port in ports if port in listening]
+    regions = [str(p) for p in Path("/dev/shm").iterdir() if p.name.startswith("pagoda-")]
+    return alive + held + regions
+
+
+def tree(service: Service) -> list[int]:
+    return [p.pid for p in psutil.Process(service.process.pid).children(recursive=True)]
+
+
+def ports_of(service: Service) -> list[int]:
+    i = service.instance
+    return [int(re.findall(r":(\d+)", url or "")[0]) for url in (i.url, i.grpc_address, i.metrics_url, i.http_url)]
+
+
+@pytest.fixture
+def own_service(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A service of this test's own, with one model."""
+    write_model(tmp_path / "repository", MODEL, kv_cache_gib="0.5")
+    with running(tmp_path / "repository", tmp_path / "service") as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def _service_folder(tmp_path: Path) -> None:
+    (tmp_path / "service").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_the_end_comes_within_ten_seconds_and_leaves_nothing(own_service: Service, number: signal.Signals) -> None:
+    streams = [Stream(own_service, 3000, prompt=f"Tale {i}") for i in range(8)]
+    for stream in streams:
+        stream.first.wait(30)
+    pids, ports = tree(own_service), ports_of(own_service)
+    scratch = {p for p in Path("/tmp").glob("pagoda-*") if p.stat().st_mtime > own_service.output.stat().st_ctime - 60}
+    began = time.monotonic()
+    own_service.process.send_signal(number)
+    assert own_service.process.wait(timeout=10) == 0
+    print(f"ended after {time.monotonic() - began:.1f} s")
+    for stream in streams:
+        stream.ends_once(1)
+        assert stream.error is not None
+        assert "shutting down" in stream.error
+    assert leftovers(pids, ports) == []
+    assert not any(p.exists() for p in scratch if (p / "triton").exists())
+
+
+def test_without_its_supervisor_a_killed_tritonserver_leaves_no_engine(own_service: Service) -> None:
+    client = start_client(own_service, 4)
+    (triton,) = own_service.pids("bin/tritonserver")
+    below = [p.pid for p in psutil.Process(triton).children(recursive=True)]
+    own_service.process.send_signal(signal.SIGSTOP)  # nobody sweeps
+    os.kill(triton, signal.SIGKILL)
+    try:
+        wait_for(lambda: not any(alive(pid) for pid in below), 5, "the stub and the engine to end")
+    finally:
+        own_service.process.send_signal(signal.SIGCONT)
+        client.kill()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,82 @@
+"""What makes Pagoda fast through Triton: one response a step, and processes without torch where none is needed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import openai
+from service import MODEL, Service
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from pagoda.triton_client import SECRET_HEADER
+
+
+def triton_responses(service: Service) -> int:
+    """Responses that Triton has sent for the model, by its own statistics."""
+    with grpc.insecure_channel(service.instance.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = service_pb2.ModelStatisticsRequest(name=MODEL)
+        stats = stub.ModelStatistics(request, metadata=((SECRET_HEADER, service.instance.secret),))
+    return sum(r.success.count for r in stats.model_stats[0].response_stats.values())
+
+
+async def test_64_streams_cost_a_response_a_step_not_a_token(calm: Service) -> None:
+    """Each of two workers has one session; pings, acknowledgements and metrics add a few a second."""
+    client = openai.AsyncOpenAI(base_url=f"{calm.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    async def one(i: int) -> None:
+        body = {"ignore_eos": True}
+        prompt = f"Number {i} is"
+        stream = await client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=48, temperature=0, stream=True, extra_body=body
+        )
+        async for _ in stream:
+            pass
+
+    names = ("engine_steps_total", "generation_tokens_total")
+    steps, tokens = (calm.metric(name) for name in names)
+    responses = triton_responses(calm)
+    await asyncio.gather(*(one(i) for i in range(64)))
+    await asyncio.sleep(1.0)
+    steps, tokens = (calm.metric(name) - before for name, before in zip(names, (steps, tokens), strict=True))
+    responses = triton_responses(calm) - responses
+    print(f"64 streams: {tokens:.0f} tokens, {steps:.0f} engine steps, {responses} Triton responses")
+    assert tokens == 64 * 48
+    assert responses < tokens / 4
+
+
+def test_torch_is_nowhere_but_in_the_engine(calm: Service) -> None:
+    """Looked up in each process's own memory map."""
+    for pattern in ("python_backend_stub", "pagoda_openai.worker", "pagoda.text.worker"):
+        found = calm.pids(pattern)
+        assert found
+        assert not any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in found), pattern
+    assert all("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in calm.pids("pagoda.process"))
+
+
+def test_triton_listens_on_loopback_only(calm: Service) -> None:
+    import psutil
+
+    service_pids = {calm.process.pid, *calm.pids(".")}
+    listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in service_pids]
+    assert listening
+    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_the_core_series_are_on_both_pages(calm: Service) -> None:
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "num_preemptions_total",
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        "request_success_total",
+        "time_to_first_token_seconds_bucket",
+        "time_to_first_token_seconds_count",
+        "inter_token_latency_seconds_sum",
+        "e2e_request_latency_seconds_count",
+    ):
+        assert calm.metric(name, triton=True) == calm.metric(name), name
