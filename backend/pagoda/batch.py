@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from pagoda_kernels import AttentionBatch, SamplingBatch
 
-from pagoda.request import Request
 from pagoda.scheduler import Chunk, Plan
 
 
@@ -37,7 +36,7 @@ def build(plan: Plan, *, block_size: int, device: torch.device) -> Batch:
         slots=_tensor([s for c in chunks for s in _slots(c, block_size)], device),
         attention=_attention(plan, block_size, device),
         sample_rows=_tensor(_sample_rows(chunks), device),
-        sampling=_sampling([c.request for c in chunks if c.samples], device),
+        sampling=_sampling([c for c in chunks if c.samples], device),
     )
 
 
@@ -81,10 +80,10 @@ def _attention(plan: Plan, block_size: int, device: torch.device) -> AttentionBa
     )
 
 
-def _sampling(requests: list[Request], device: torch.device) -> SamplingBatch | None:
-    if not requests:
+def _sampling(chunks: list[Chunk], device: torch.device) -> SamplingBatch | None:
+    if not chunks:
         return None
-    params = [r.params for r in requests]
+    params = [c.request.params for c in chunks]
 
     def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -94,8 +93,8 @@ def _sampling(requests: list[Request], device: torch.device) -> SamplingBatch | 
         top_k=column([max(p.top_k, 0) for p in params], torch.int32),
         top_p=column([p.top_p for p in params], torch.float32),
         min_p=column([p.min_p for p in params], torch.float32),
-        seeds=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
-        positions=torch.tensor([r.num_output_tokens for r in requests], dtype=torch.int64, device=device),
+        seeds=_tensor([c.request.seed for c in chunks], device),
+        positions=_tensor([c.start + c.count - c.request.num_prompt_tokens for c in chunks], device),
         all_greedy=all(p.temperature == 0 for p in params),
         any_top_k=any(p.top_k > 0 for p in params),
         any_top_p=any(p.top_p < 1 for p in params),

@@ -68,6 +68,10 @@ class BlockPool:
     def num_unreferenced(self, blocks: Iterable[int]) -> int:
         return sum(self._references[block] == 0 for block in blocks)
 
+    def is_private(self, block: int) -> bool:
+        """True when the block may be written: one owner, and no name by which others could find it."""
+        return self._references[block] == 1 and self._hash_of[block] is None
+
     def share(self, blocks: Iterable[int]) -> None:
         """One reference more for each block; a cached one leaves the free queue."""
         for block in blocks:

@@ -82,6 +82,8 @@ class Session:
         self.state: State = "opening"
         self.reason = "the model is starting"
         """Why the session is not ready, in words for a client."""
+        self.is_writable = True
+        """The other side takes frames. False for good once an unload was asked for: what runs may still finish."""
         self.facts: wire.ModelFacts | None = None
         self.metrics: wire.Metrics | None = None
         self.pong: wire.Pong | None = None
@@ -106,7 +108,8 @@ class Session:
     @property
     def is_moving(self) -> bool:
         """True when the engine answers and its loop does not stand still with work in hand."""
-        return self.state == "ready" and self.pong is not None and not wire.is_frozen(self.pong)
+        frozen = self.pong is not None and wire.is_frozen(self.pong)
+        return self.state == "ready" and self.is_writable and not frozen
 
     # ── out ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -115,7 +118,7 @@ class Session:
 
     def generate(self, prompt_ids: list[int], params: SamplingParams, *, cache_salt: str = "") -> RequestStream:
         """Send a request. Raises EngineUnavailable when the session is not ready."""
-        if self.state != "ready":
+        if self.state != "ready" or not self.is_writable:
             raise EngineUnavailable(f"{self.reason}: try again in a moment")
         self._ids += 1
         stream = self._streams[self._ids] = RequestStream(self, self._ids)
@@ -130,14 +133,25 @@ class Session:
         if self.state in ("ready", "opening"):
             self._post(wire.Ping(0, self.num_payloads))
 
+    def stop_writing(self, reason: str) -> None:
+        """Nothing more is taken by the other side; outputs still come."""
+        self.is_writable = False
+        self.reason = reason
+
+    def end_requests(self, reason: str) -> None:
+        """Whatever is still in flight ends here with `reason`."""
+        self._fail_all(EngineUnavailable(reason))
+
     def close(self, reason: str) -> None:
         """Say goodbye; what is still running here ends with `reason`."""
-        self._fail_all(EngineUnavailable(reason))
+        self.end_requests(reason)
         self._post(wire.Close())
         self._set_state("closed", reason)
 
     def _post(self, message: wire.ClientMessage) -> None:
         """Messages of one turn of the event loop travel in one frame."""
+        if not self.is_writable:
+            return
         if not self._outgoing:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing.append(message)
@@ -167,6 +181,7 @@ class Session:
             case wire.Metrics():
                 self.metrics = message
             case wire.Ready(facts, epoch):
+                self.pong = None
                 if epoch != self._epoch:  # a new engine counts this session's payloads from its Ready on
                     self._epoch, self.num_payloads = epoch, 1
                 self.facts = facts
@@ -178,7 +193,8 @@ class Session:
                 self.lost(reason)
 
     def lost(self, reason: str) -> None:
-        """The session has ended from the other side."""
+        """The session has ended from the other side; an unload stays the reason when it was one."""
+        reason = reason if self.is_writable else self.reason
         self._fail_all(EngineUnavailable(f"{reason}: try again in a moment"))
         self._set_state("closed", reason)
 

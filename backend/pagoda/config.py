@@ -59,6 +59,20 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             raise ValueError(f"tensor_parallel_size {self.tensor_parallel_size} is not available yet: set it to 1")
 
 
+class EngineStart(msgspec.Struct, frozen=True):
+    """What an engine process is told by its parent."""
+
+    config: EngineConfig
+    folder: str
+    """The model's folder, resolved."""
+    address: str
+    """Where to bind the engine's socket."""
+    lock: str
+    """A file that only one living engine of this model may hold."""
+    epoch: int
+    """Number of this start of the engine."""
+
+
 def from_parameters(parameters: Mapping[str, Any]) -> EngineConfig:
     """Build the configuration from loosely typed parameters (config.pbtxt holds only strings).
 

@@ -8,14 +8,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from pagoda.errors import Overloaded, PagodaError
 from pagoda.protocol import FinishReason, Metrics, Output, Usage
 from pagoda.request import Request
-from pagoda.runner import Launched
 from pagoda.scheduler import Plan, Progress, Scheduler
 from pagoda.stats import Stats
+
+if TYPE_CHECKING:
+    from pagoda.runner import Launched  # the loop itself needs no torch
 
 log = logging.getLogger("pagoda.engine")
 
@@ -126,7 +128,7 @@ class Engine:
 
     def _take_in(self) -> None:
         """Apply every command that waits; sleep only when there is nothing to run."""
-        while True:
+        while not self._stopping:
             try:
                 command = self._next_command()
             except queue.Empty:
@@ -171,11 +173,12 @@ class Engine:
             kept = request.num_output_tokens if command.tokens_kept is None else command.tokens_kept
             output = Output(command.key[1], request.num_output_tokens, [], command.reason, _usage(request, kept))
             self.emit(StepResult(self.pulse.step, [(command.key, output)]))
+            self._next_metrics = 0.0
 
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _publish_metrics(self, *, now_idle: bool = False) -> None:
-        """At its interval, and at once when the engine falls idle: gauges must not show what has ended."""
+        """At its interval, and at once after an abort or when idle: gauges must not show what has ended."""
         now = time.monotonic()
         if now_idle or now >= self._next_metrics:
             self._next_metrics = now + METRICS_INTERVAL

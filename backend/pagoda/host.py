@@ -21,9 +21,8 @@ import zmq
 
 from pagoda import protocol as wire
 from pagoda.child import Child, describe_exit
-from pagoda.config import EngineConfig
+from pagoda.config import EngineConfig, EngineStart
 from pagoda.errors import ConfigError, EngineUnavailable, InvalidRequest
-from pagoda.process import Start
 from pagoda.text import wire as text_wire
 from pagoda.text.wire import TextAbort, TextReply, TextRequest, TextStart
 
@@ -100,6 +99,7 @@ class Host(threading.Thread):
         self._last_pong = time.monotonic()
         self._next_ping = self._next_cancel_check = 0.0
         self._stopping = threading.Event()
+        self._parent = os.pidfd_open(os.getppid())
         self._context = zmq.Context()
         self._up = self._dealer(f"{unique}-up", self._address)
         self._down = self._dealer(f"{unique}-down", self._address)
@@ -194,15 +194,24 @@ class Host(threading.Thread):
         poller = zmq.Poller()
         poller.register(self._down, zmq.POLLIN)
         poller.register(self._text_down, zmq.POLLIN)
+        poller.register(self._parent, zmq.POLLIN)
         for child in (self.engine, self.text):
             if child is not None:
                 poller.register(child.pidfd, zmq.POLLIN)
-        poller.poll(timeout_ms)
+        if self._parent in dict(poller.poll(timeout_ms)):
+            self._die()
         self._receive_payloads()
         self._receive_text()
         self._watch_children()
         self._ping()
         self._check_cancelled()
+
+    def _die(self) -> None:
+        """tritonserver is gone. A stub with work in hand would linger; its children follow it by their own watch."""
+        for child in (self.engine, self.text):
+            if child is not None:
+                child.kill()
+        os._exit(1)
 
     def _receive_payloads(self) -> None:
         for name, final, payload in _drain(self._down):
@@ -222,6 +231,7 @@ class Host(threading.Thread):
                     self._came_up()
                 case wire.Pong():
                     self._last_pong = time.monotonic()
+                    self._last_words = None
                     if wire.is_frozen(message):
                         self._kill_engine(f"its loop made no step for {message.seconds_since_step:.0f} s")
                 case wire.Metrics():
@@ -243,7 +253,7 @@ class Host(threading.Thread):
     def _start_engine(self) -> None:
         self._epoch += 1
         self._restart_at = None
-        start = Start(self.config, str(self.folder), self._address, self._lock, self._epoch)
+        start = EngineStart(self.config, str(self.folder), self._address, self._lock, self._epoch)
         self.engine = Child("pagoda.process", start, self.directory)
         self._last_pong = time.monotonic()
 
@@ -316,8 +326,10 @@ class Host(threading.Thread):
         self._next_ping = now + PING_INTERVAL
         if not self.is_up:
             self._tell_sessions_down()
-            self._send_own("open", [wire.Open(wire.VERSION, "host")])
-        self._send_own("data", [wire.Ping(0, 2**62)])
+        # Opening again is harmless, and needed after the engine has restarted or has lost patience with us.
+        self._send_down_socket(
+            wire.encode(wire.Frame(OWN_SESSION, "open", [wire.Open(wire.VERSION, "host"), wire.Ping(0, 2**62)]))
+        )
 
     def _check_cancelled(self) -> None:
         """Abort what belongs to clients that have gone away."""
@@ -351,9 +363,6 @@ class Host(threading.Thread):
     def _send_down_socket(self, raw: bytes) -> None:
         with contextlib.suppress(zmq.Again):
             self._down.send_multipart([self._identity, raw], zmq.NOBLOCK)
-
-    def _send_own(self, kind: str, messages: list[wire.ClientMessage]) -> None:
-        self._send_down_socket(wire.encode(wire.Frame(OWN_SESSION, "open" if kind == "open" else "data", messages)))
 
 
 def _frame_head(raw: bytes) -> wire.FrameHead:

@@ -1,6 +1,6 @@
 """The engine process: `python -m pagoda.process`, a child of the Triton stub.
 
-Its first line on standard input is a `Start` message in JSON; then standard input stays open, and its end means that
+Its first line on standard input is an `EngineStart` in JSON; then standard input stays open, and its end means that
 the parent is gone: the process ends at once.
 """
 
@@ -20,29 +20,21 @@ import msgspec
 
 from pagoda import logs
 from pagoda.block_pool import BlockPool
-from pagoda.config import EngineConfig
+from pagoda.config import EngineConfig, EngineStart
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.protocol import ModelFacts
 from pagoda.sessions import Sessions
 
 log = logging.getLogger("pagoda.process")
 
-
-class Start(msgspec.Struct, frozen=True):
-    config: EngineConfig
-    folder: str
-    """The model's folder, resolved."""
-    address: str
-    """Where to bind the engine's socket."""
-    lock: str
-    """A file that only one living engine of this model may hold."""
-    epoch: int
-    """Number of this start of the engine."""
+CPU_BUDGET = 256
+"""Tokens: a step of a small model then takes about half a second on two cores."""
+GPU_BUDGET = 8192
 
 
 def main() -> None:
     logs.configure()
-    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineStart)
     _die_with_parent()
     sessions = Sessions(start.address)
     sessions.start()
@@ -65,7 +57,7 @@ def _leave(sessions: Sessions, reason: str, status: int) -> None:
     os._exit(status)
 
 
-def _serve(start: Start, sessions: Sessions) -> None:
+def _serve(start: EngineStart, sessions: Sessions) -> None:
     from pagoda import hf_config  # noqa: PLC0415 - torch loads while the door already answers
     from pagoda.engine import Engine
     from pagoda.runner import Runner
@@ -80,7 +72,7 @@ def _serve(start: Start, sessions: Sessions) -> None:
         BlockPool(runner.num_blocks),
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or (256 if runner.device.type == "cpu" else 8192),
+        max_num_batched_tokens=resolve_budget(config, runner.device.type),
         max_num_queued_requests=config.max_num_queued_requests,
         enable_prefix_caching=config.enable_prefix_caching,
     )
@@ -110,6 +102,18 @@ def resolve_max_model_len(config: EngineConfig, trained: int) -> int:
     if config.max_model_len is not None and config.max_model_len > trained:
         raise ConfigError(f"max_model_len {config.max_model_len} is beyond the {trained} tokens of the checkpoint: lower it")
     return config.max_model_len or trained
+
+
+def resolve_budget(config: EngineConfig, device: str) -> int:
+    """Tokens a step. Raises ConfigError when the decodes of a full engine would leave nothing for prefills."""
+    default = CPU_BUDGET if device == "cpu" else GPU_BUDGET
+    budget = config.max_num_batched_tokens or max(default, config.max_num_seqs)
+    if budget < config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}: "
+            "a step must have a token for each request; raise the one or lower the other"
+        )
+    return budget
 
 
 def _die_with_parent() -> None:

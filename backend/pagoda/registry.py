@@ -1,7 +1,8 @@
 """The models a Triton server offers, each with an open session: found, watched, let go.
 
 An open session holds an unload back, so readiness is polled: once a model stops being ready, its requests get
-`unload_grace` seconds to finish, what is left is ended with a reason, and the session is closed.
+`unload_grace` seconds to finish and what is left is ended with a reason. From the moment an unload is asked for, Triton
+takes no more frames for the model, not even a goodbye: the engine closes a session whose pings have stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from pagoda.triton_client import GrpcSession, ModelState, Triton
 
 log = logging.getLogger("pagoda.registry")
 
+UNLOADING = "the model is being unloaded"
 POLL_INTERVAL = 1.0
+"""Seconds between two looks at the repository."""
+MIN_POLL_INTERVAL = 0.1
+"""Seconds between two looks asked for by requests."""
 SILENCE = 2.0
 """Seconds without a sign of life after which a model is not given new requests."""
 LOST_SILENCE = 5.0
@@ -33,7 +38,6 @@ class Entry:
     link: GrpcSession
     task: asyncio.Task[None] | None
     opened: float = field(default_factory=time.time)
-    leaving_since: float | None = None
 
     @property
     def session(self) -> Session:
@@ -41,13 +45,11 @@ class Entry:
 
     @property
     def is_healthy(self) -> bool:
-        return self.leaving_since is None and self.session.is_moving and self.session.seconds_silent < SILENCE
+        return self.session.is_moving and self.session.seconds_silent < SILENCE
 
     @property
     def trouble(self) -> str:
         """Why it is not healthy, in words for a client."""
-        if self.leaving_since is not None:
-            return "the model is being unloaded"
         if self.session.state != "ready":
             return self.session.reason
         if self.session.seconds_silent >= SILENCE:
@@ -67,8 +69,12 @@ class Registry:
         self.failed: dict[str, str] = {}
         """Models that could not be loaded, with Triton's reason."""
         self._entries: dict[str, Entry] = {}
+        self._leaving: set[Entry] = set()
+        """Sessions of models that are being unloaded; a model may be loaded again meanwhile."""
         self._foreign: set[str] = set()
         self._wake = asyncio.Event()
+        self._polling = asyncio.Lock()
+        self._polled = 0.0
         self._closing = False
 
     def __iter__(self) -> Iterator[tuple[str, Entry]]:
@@ -76,11 +82,11 @@ class Registry:
 
     @property
     def num_requests(self) -> int:
-        return sum(entry.session.num_requests for entry in self._entries.values())
+        return sum(entry.session.num_requests for entry in (*self._entries.values(), *self._leaving))
 
     def names(self) -> list[str]:
         """Models that take requests, or will again by themselves."""
-        return sorted(name for name, entry in self._entries.items() if entry.leaving_since is None)
+        return sorted(self._entries)
 
     def session(self, name: str) -> Session:
         """A model's session, ready to take a request. Raises ModelNotFound or EngineUnavailable with the reason."""
@@ -88,11 +94,23 @@ class Registry:
         if entry is None:
             if not self.is_connected:
                 raise EngineUnavailable("Triton does not answer: try again in a moment")
+            if any(leaving.link.model == name for leaving in self._leaving):
+                raise EngineUnavailable(f"{UNLOADING}: try again later, or choose another")
             known = ", ".join(self.names()) or "none"
             raise ModelNotFound(f"the model {name[:200]!r} does not exist; loaded models: {known}")
         if not entry.is_healthy:
             raise EngineUnavailable(f"{entry.trouble}: try again in a moment")
         return entry.session
+
+    async def find(self, name: str) -> Session:
+        """As `session`, after another look at the server for a model that is not known yet or is just opening."""
+        if name not in self._entries and time.monotonic() - self._polled > MIN_POLL_INTERVAL:
+            await self.poll()
+        entry = self._entries.get(name)
+        if entry is not None and entry.session.state == "opening":
+            with contextlib.suppress(EngineUnavailable):
+                await entry.session.wait_ready(SILENCE)
+        return self.session(name)
 
     # ── the watch ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -109,7 +127,12 @@ class Registry:
 
     async def poll(self) -> None:
         """One look at the server: open new sessions, let go of those that leave, give up those that are silent."""
-        self._give_up_silent()
+        async with self._polling:
+            self._give_up_silent()
+            await self._look()
+
+    async def _look(self) -> None:
+        self._polled = time.monotonic()
         try:
             states = await self.triton.models()
         except EngineUnavailable:
@@ -118,11 +141,11 @@ class Registry:
         ready = {state.name for state in states if state.is_ready}
         self.failed = {s.name: s.reason for s in states if _has_failed(s)}
         self._foreign &= ready
+        for name, entry in list(self._entries.items()):
+            if name not in ready or not entry.session.is_writable:
+                self._leave(name, entry)
         for name in ready - set(self._entries) - self._foreign:
             await self._found(name)
-        for name, entry in list(self._entries.items()):
-            if name not in ready:
-                await self._leave(name, entry)
         self.is_connected = True
 
     async def _found(self, name: str) -> None:
@@ -136,20 +159,18 @@ class Registry:
 
     async def _serve(self, name: str, entry: Entry) -> None:
         await entry.link.run()
+        self._leaving.discard(entry)
         if self._entries.get(name) is entry:
             del self._entries[name]
         self._wake.set()
 
-    async def _leave(self, name: str, entry: Entry) -> None:
-        """An unload was asked for: wait for the requests in flight, then close."""
-        now = time.monotonic()
-        if entry.leaving_since is None:
-            entry.leaving_since = now
-            log.info("model %s is being unloaded; %d requests in flight", name, entry.session.num_requests)
-        if entry.session.num_requests == 0 or now - entry.leaving_since > self.unload_grace:
-            await entry.link.close("the model is being unloaded")
-        else:
-            asyncio.get_running_loop().call_later(0.1, self._wake.set)
+    def _leave(self, name: str, entry: Entry) -> None:
+        """An unload was asked for: no new requests; those in flight get the grace, then end with a reason."""
+        log.info("model %s is being unloaded; %d requests in flight", name, entry.session.num_requests)
+        del self._entries[name]
+        self._leaving.add(entry)
+        entry.session.stop_writing(UNLOADING)
+        asyncio.get_running_loop().call_later(self.unload_grace, entry.session.end_requests, UNLOADING)
 
     def _give_up_silent(self) -> None:
         for name, entry in list(self._entries.items()):
@@ -160,21 +181,22 @@ class Registry:
 
     def forget(self, reason: str) -> None:
         """The server is gone: whatever it served ends with `reason`."""
-        for entry in self._entries.values():
+        for entry in (*self._entries.values(), *self._leaving):
             entry.session.lost(reason)
         self._entries.clear()
+        self._leaving.clear()
         self.is_connected = False
 
     async def close(self, reason: str) -> None:
-        """Close every session; requests still running end with `reason`. Returns when all are drained, or in 2 s."""
+        """Close every session; requests still running end with `reason`. Returns when all are drained, or in 1 s."""
         self._closing = True
         self._wake.set()
-        entries = list(self._entries.values())
+        entries = [*self._entries.values(), *self._leaving]
         for entry in entries:
             await entry.link.close(reason)
         tasks = [entry.task for entry in entries if entry.task is not None]
         if tasks:
-            await asyncio.wait(tasks, timeout=2.0)
+            await asyncio.wait(tasks, timeout=1.0)
 
 
 def _has_failed(state: ModelState) -> bool:

@@ -31,7 +31,9 @@ log = logging.getLogger("pagoda.sessions")
 MAX_UNACKED = 256
 """Payloads a session may be behind; later steps are merged until it catches up."""
 PING_TIMEOUT = 5.0
-"""Seconds without a ping after which a session's client counts as gone."""
+"""Seconds without a ping after which a session's client counts as gone. It is the grace of an unload, too."""
+IDLE_PING_TIMEOUT = 2.5
+"""The same for a session without requests: closing it costs its client nothing and lets an unload go on."""
 
 
 @dataclass(slots=True)
@@ -92,7 +94,7 @@ class Sessions(threading.Thread):
         poller.register(self._wake, zmq.POLLIN)
         announced = False
         while self._stop_reason is None:
-            poller.poll(1000)
+            poller.poll(250)
             self._receive_all()
             if self._facts is not None and not announced:
                 announced = True
@@ -218,11 +220,12 @@ class Sessions(threading.Thread):
         now = self.clock()
         if now < self._next_sweep:
             return
-        self._next_sweep = now + 1.0
+        self._next_sweep = now + 0.25
         for name, session in list(self._sessions.items()):
-            if now - session.last_ping > PING_TIMEOUT:
-                log.warning("a session's pings have stopped: its %d requests are aborted", len(session.live))
-                self._close(name, f"no ping for {PING_TIMEOUT:.0f} s")
+            allowed = PING_TIMEOUT if session.live else IDLE_PING_TIMEOUT
+            if now - session.last_ping > allowed:
+                log.info("a session's pings have stopped: it is closed, its %d requests are aborted", len(session.live))
+                self._close(name, f"no ping for {allowed} s")
 
     # ── events ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -122,10 +122,10 @@ class GrpcSession:
                 yield raw
 
     def _refused(self, message: str) -> None:
-        """Triton or the stub refused a frame: the session cannot go on."""
-        log.warning("session of model %s: %s", self.model, message)
-        self.session.lost(message)
-        self._frames.put_nowait(None)
+        """Triton takes no more frames of this session: an unload was asked for. What runs may still finish."""
+        if self.session.is_writable:
+            log.info("session of model %s takes no more frames: %s", self.model, message)
+            self.session.stop_writing("the model is being unloaded")
 
     async def _write(self, call: Any) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):

@@ -100,7 +100,7 @@ class Model:
 
 async def model_of(frontend: Frontend, name: str) -> Model:
     """Raises ModelNotFound or EngineUnavailable."""
-    session = frontend.registry.session(name)
+    session = await frontend.registry.find(name)
     assert session.facts is not None
     return Model(session, session.facts, await frontend.tokenizer(session.facts))
 

@@ -9,7 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import pytest
@@ -27,12 +31,16 @@ threads = [threading.Thread(target=stream, args=(i,)) for i in range(int(sys.arg
 """
 
 
-def start_client(service: Service, streams: int) -> subprocess.Popen[bytes]:
-    """A process with `streams` endless completions, all of them running in the engine."""
-    before = service.metric("num_requests_running")
+@contextmanager
+def other_client(service: Service, streams: int, *, others: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with `streams` long completions, all running in the engine beside `others`."""
     client = subprocess.Popen([sys.executable, "-c", CLIENT, service.url, str(streams)], stderr=subprocess.DEVNULL)
-    wait_for(lambda: service.metric("num_requests_running") == before + streams, 60, "the client's streams to run")
-    return client
+    try:
+        wait_for(lambda: service.metric("num_requests_running") == others + streams, 60, "the client's streams to run")
+        yield client
+    finally:
+        client.kill()
+        client.wait()
 
 
 class Stream(threading.Thread):
@@ -69,7 +77,7 @@ class Stream(threading.Thread):
         self.ended_at = time.monotonic()
         self.first.set()
 
-    def take(self, event: dict) -> None:
+    def take(self, event: dict[str, Any]) -> None:
         if "error" in event:
             self.error = event["error"]["message"]
             return
@@ -87,11 +95,11 @@ class Stream(threading.Thread):
 
 
 def test_killed_client_frees_its_requests_within_a_second(calm: Service) -> None:
-    canary = Stream(calm, 400)
+    canary = Stream(calm, 300)
     canary.first.wait(30)
-    client = start_client(calm, 8)
-    client.kill()
-    wait_for(lambda: calm.metric("num_requests_running") == 1, 1.5, "the eight requests to end")
+    with other_client(calm, 8, others=1) as client:
+        client.kill()
+        wait_for(lambda: calm.metric("num_requests_running") == 1, 1.5, "the eight requests to end")
     canary.ends_once()
     assert canary.finish_reasons == ["length"]
     wait_for(calm.is_idle, 2, "all blocks to be free")
@@ -103,8 +111,8 @@ def test_closing_one_connection_leaves_the_others_alone(calm: Service) -> None:
     canary = Stream(calm, 60)
     lone = Stream(calm, 60)
     canary.first.wait(30)
-    client = start_client(calm, 2)
-    client.terminate()
+    with other_client(calm, 2, others=2) as client:
+        client.terminate()
     canary.ends_once()
     lone.ends_once()
     assert canary.text == lone.text
@@ -113,13 +121,13 @@ def test_closing_one_connection_leaves_the_others_alone(calm: Service) -> None:
 def test_killed_frontend_worker_is_replaced_and_its_requests_are_aborted(calm: Service) -> None:
     workers = calm.pids("pagoda_openai.worker")
     assert len(workers) == 2
-    client = start_client(calm, 6)
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: len(set(calm.pids("pagoda_openai.worker")) - set(workers)) == 2, 5, "new workers")
+    with other_client(calm, 6) as client:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: len(set(calm.pids("pagoda_openai.worker")) - set(workers)) == 2, 5, "new workers")
+        wait_for(lambda: calm.metric("num_requests_running", triton=True) == 0, 5, "the orphaned requests to be aborted")
+        client.wait(20)
     calm.wait_ready(20)
-    wait_for(lambda: calm.metric("num_requests_running", triton=True) == 0, 10, "the orphaned requests to be aborted")
-    client.wait(20)
 
 
 def test_killed_engine_comes_back_by_itself(calm: Service) -> None:

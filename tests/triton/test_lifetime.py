@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from service import MODEL, Service, running, wait_for, write_model
-from test_faults import Stream, start_client
+from test_faults import Stream, other_client
 
 
 def pagoda(service: Service, *arguments: str) -> None:
@@ -61,13 +61,13 @@ def engines_of(service: Service, model: str) -> list[int]:
     return found
 
 
-def leftovers(pids: list[int], ports: list[int]) -> list[str]:
+def leftovers(pids: list[int], ports: list[int], scratch: Path) -> list[str]:
     """What a service that has ended still holds: processes, ports, shared memory, folders."""
     alive = [f"process {pid}" for pid in pids if psutil.pid_exists(pid)]
     listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     held = [f"port {port}" for port in ports if port in listening]
-    regions = [str(p) for p in Path("/dev/shm").iterdir() if p.name.startswith("pagoda-")]
-    return alive + held + regions
+    regions = [str(p) for p in Path("/dev/shm").glob(f"{scratch.name}*")]
+    return alive + held + regions + ([str(scratch)] if scratch.exists() else [])
 
 
 def tree(service: Service) -> list[int]:
@@ -98,7 +98,8 @@ def test_the_end_comes_within_ten_seconds_and_leaves_nothing(own_service: Servic
     for stream in streams:
         stream.first.wait(30)
     pids, ports = tree(own_service), ports_of(own_service)
-    scratch = {p for p in Path("/tmp").glob("pagoda-*") if p.stat().st_mtime > own_service.output.stat().st_ctime - 60}
+    scratch = Path(own_service.instance.scratch)
+    assert list(Path("/dev/shm").glob(f"{scratch.name}*")), "the regions have another name than we sweep"
     began = time.monotonic()
     own_service.process.send_signal(number)
     assert own_service.process.wait(timeout=10) == 0
@@ -107,21 +108,19 @@ def test_the_end_comes_within_ten_seconds_and_leaves_nothing(own_service: Servic
         stream.ends_once(1)
         assert stream.error is not None
         assert "shutting down" in stream.error
-    assert leftovers(pids, ports) == []
-    assert not any(p.exists() for p in scratch if (p / "triton").exists())
+    assert leftovers(pids, ports, scratch) == []
 
 
 def test_without_its_supervisor_a_killed_tritonserver_leaves_no_engine(own_service: Service) -> None:
-    client = start_client(own_service, 4)
-    (triton,) = own_service.pids("bin/tritonserver")
-    below = [p.pid for p in psutil.Process(triton).children(recursive=True)]
-    own_service.process.send_signal(signal.SIGSTOP)  # nobody sweeps
-    os.kill(triton, signal.SIGKILL)
-    try:
-        wait_for(lambda: not any(alive(pid) for pid in below), 5, "the stub and the engine to end")
-    finally:
-        own_service.process.send_signal(signal.SIGCONT)
-        client.kill()
+    with other_client(own_service, 4):
+        (triton,) = own_service.pids("bin/tritonserver")
+        below = [p.pid for p in psutil.Process(triton).children(recursive=True)]
+        own_service.process.send_signal(signal.SIGSTOP)  # nobody sweeps
+        os.kill(triton, signal.SIGKILL)
+        try:
+            wait_for(lambda: not any(alive(pid) for pid in below), 5, "the stub and the engine to end")
+        finally:
+            own_service.process.send_signal(signal.SIGCONT)
 
 
 def alive(pid: int) -> bool:

@@ -240,7 +240,7 @@ def _audit_names(runner: FakeRunner) -> None:
 
 
 def content_name(runner: FakeRunner, block: int) -> bytes | None:
-    """The hash that a block's content deserves, from the writes alone; None unless every slot follows the one before."""
+    """The hash that a block deserves by what was written; None unless every slot follows the one before."""
     key = tuple(runner.slots[block])
     if key not in runner.names:
         runner.names[key] = _name(runner, key)
@@ -251,12 +251,12 @@ def _name(runner: FakeRunner, slots: tuple[int | None, ...]) -> bytes | None:
     roots = {root_trace(salt): hashlib.sha256(b"pagoda\0" + salt.encode()).digest() for salt in SALTS}
     chain: list[tuple[int, int]] = []
     trace = slots[-1]
-    while trace is not None and trace not in roots:
+    while trace in runner.origin:
         before, token = runner.origin[trace]
         chain.insert(0, (trace, token))
         trace = before
     size = runner.block_size
-    if trace is None or len(chain) % size or tuple(t for t, _ in chain[-size:]) != slots:
+    if trace not in roots or len(chain) % size or tuple(t for t, _ in chain[-size:]) != slots:
         return None
     name = roots[trace]
     for start in range(0, len(chain), size):
@@ -374,8 +374,15 @@ class Loop:
         return plan
 
     def drain(self) -> None:
+        most = self.runner.num_launches + self.most_steps()
         while self.scheduler.requests or self.runner.in_flight:
             self.step()
+            assert self.runner.num_launches <= most, "requests are left after all the steps that they could need"
+
+    def most_steps(self) -> int:
+        """Steps in which all requests are done even if only the oldest ever moves, by one token at a time."""
+        ahead = self.runner.steps_ahead
+        return sum(r.num_prompt_tokens + r.max_tokens + ahead for r in self.ledger.requests.values()) + ahead
 
 
 def make_loop(

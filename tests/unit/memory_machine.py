@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pagoda.block_pool import BlockPool
 from pagoda.request import Request
 from pagoda.scheduler import Scheduler
-
 from unit.fake_runner import Loop, audit, make_loop, make_request
 
 PROMPTS = [[1] * 24, [1] * 8 + [2] * 16, [1] * 5 + [3] * 19, [4, 5] * 12]
@@ -102,8 +103,8 @@ class MemoryMachine(RuleBasedStateMachine):
         audit(self.loop.runner)
 
     def teardown(self) -> None:
-        if not hasattr(self, "loop"):
-            return
+        if not hasattr(self, "loop") or sys.exc_info()[0] is not None:
+            return  # what has failed already is not to be masked
         self.loop.drain()
         self.loop.ledger.check_complete()
         self.loop.scheduler.pool.check([])

@@ -8,7 +8,6 @@ from hypothesis.stateful import run_state_machine_as_test
 from pagoda.errors import Overloaded
 from pagoda.request import Request, Status
 from pagoda.scheduler import Plan
-
 from unit.fake_runner import Loop, audit, lone_run, make_loop, make_request
 from unit.memory_machine import MemoryMachine
 from unit.planted_faults import FAULTS, Fault
@@ -60,9 +59,7 @@ def test_decodes_come_first_and_a_long_prompt_takes_what_is_left() -> None:
     add(loop, "c", 1)
     assert shape(loop.step()) == [("a", 3, 1), ("b", 3, 3)]
     assert shape(loop.step()) == [("a", 4, 1), ("b", 6, 3)]
-    assert shape(loop.step()) == [("a", 5, 1), ("b", 9, 1), ("c", 0, 1)] or True
-    loop.drain()
-    loop.ledger.check_complete()
+    assert shape(loop.step()) == [("a", 5, 1), ("b", 9, 1), ("c", 0, 1)]
 
 
 def test_a_one_token_prompt_is_a_prefill_then_a_decode() -> None:
@@ -185,7 +182,7 @@ def test_a_full_queue_refuses_at_once_and_says_why() -> None:
     loop.step()
     add(loop, "b", 1)
     add(loop, "c", 1)
-    with pytest.raises(Overloaded, match="2 requests are waiting already"):
+    with pytest.raises(Overloaded, match="max_num_queued_requests 2"):
         loop.scheduler.add(make_request("d", [1]))
     assert list(loop.scheduler.requests) == ["a", "b", "c"]
     loop.abort("b")
@@ -210,9 +207,9 @@ def test_a_prompt_seen_before_is_computed_from_its_last_block() -> None:
 
 def test_requests_side_by_side_share_their_common_prompt() -> None:
     loop = make_loop()
-    a = add(loop, "a", list(range(8)) + [1])
+    a = add(loop, "a", [*range(8), 1])
     loop.step()
-    b = add(loop, "b", list(range(8)) + [2])
+    b = add(loop, "b", [*range(8), 2])
     loop.step()
     assert a.block_ids[:2] == b.block_ids[:2]
     assert loop.scheduler.pool.num_owned == 4
@@ -323,6 +320,24 @@ def test_the_state_machine_sees(fault: Fault) -> None:
         pool_class = fault.pool
         scheduler_class = fault.scheduler
 
-    with fault.patch(), pytest.raises(BaseException) as caught:  # noqa: PT011
+    with fault.patch(), pytest.raises((AssertionError, IndexError, ValueError, KeyError)):
         run_state_machine_as_test(Faulty, settings=settings(MACHINE, phases=[Phase.generate], max_examples=400))
-    assert isinstance(caught.value, (AssertionError, KeyError, IndexError, ValueError, ExceptionGroup))
+
+
+def test_aborted_waiting_requests_are_forgotten() -> None:
+    """Clients that come and go before a busy engine must not fill its memory."""
+    loop = make_loop(max_num_seqs=1)
+    add(loop, "busy", 1, max_tokens=60)
+    loop.step()
+    for n in range(2_000):
+        add(loop, str(n), 8)
+        loop.abort(str(n))
+    assert len(loop.scheduler._waiting) < 200
+
+
+def test_a_live_key_cannot_be_used_twice() -> None:
+    """The first request could never be aborted again."""
+    loop = make_loop()
+    add(loop, "a", 1)
+    with pytest.raises(ValueError, match="live already"):
+        loop.scheduler.add(make_request("a", [2]))

@@ -27,7 +27,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     run_folder: Path
     """Logs and the instance file; one running service at most per folder."""
-    drain_grace: float = 4.0
+    drain_grace: float = 3.0
     """Seconds that requests in flight get at shutdown."""
 
     @property
@@ -48,6 +48,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     grpc_address: str
     metrics_url: str
     http_url: str | None
+    scratch: str
+    """Sockets, locks and copies of this run; the name is also the prefix of its shared-memory regions."""
     secret: str
     """Opens Triton's restricted protocols; the file that holds it is readable by its user only."""
 

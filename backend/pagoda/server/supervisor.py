@@ -97,6 +97,7 @@ class Supervisor:
             grpc_address=f"127.0.0.1:{s.grpc_port}",
             metrics_url=f"http://127.0.0.1:{s.metrics_port}/metrics",
             http_url=f"http://127.0.0.1:{s.http_port}" if s.triton_http else None,
+            scratch=str(self._scratch),
             secret=self.secret,
         )
 

@@ -15,7 +15,7 @@ router = APIRouter()
 async def health(request: Request) -> JSONResponse:
     """200 when every loaded model's engine answers and moves; 503 says which does not, and why."""
     registry = frontend_of(request).registry
-    models = {n: "ok" if e.is_healthy else e.trouble for n, e in registry if e.leaving_since is None}
+    models = {n: "ok" if e.is_healthy else e.trouble for n, e in registry}
     ok = registry.is_connected and bool(models) and all(state == "ok" for state in models.values())
     status = "ok" if ok else "Triton does not answer" if not registry.is_connected else "unhealthy"
     return JSONResponse({"status": status, "models": models}, 200 if ok else 503)

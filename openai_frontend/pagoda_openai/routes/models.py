@@ -18,14 +18,14 @@ router = APIRouter()
 async def models(request: Request) -> dict[str, Any]:
     """Every loaded model."""
     registry = frontend_of(request).registry
-    return {"object": "list", "data": [_card(n, e) for n, e in registry if e.leaving_since is None]}
+    return {"object": "list", "data": [_card(n, e) for n, e in registry]}
 
 
 @router.get("/v1/models/{name}")
 async def model(request: Request, name: str) -> dict[str, Any]:
     registry = frontend_of(request).registry
     for known, entry in registry:
-        if known == name and entry.leaving_since is None:
+        if known == name:
             return _card(name, entry)
     known_names = ", ".join(registry.names()) or "none"
     raise ModelNotFound(f"the model {name[:200]!r} does not exist; loaded models: {known_names}")

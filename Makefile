@@ -1,0 +1,44 @@
+# The commands of the README; .ci/run calls the same ones.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Model store, logs and instance file of this checkout.
+export PAGODA_HOME ?= $(CURDIR)/.pagoda
+# torch for this machine: 2.11 or newer, with or without CUDA.
+TORCH ?= torch==2.13.0
+
+.PHONY: serve test check install clean bench-compare
+
+serve: $(VENV)/.serve  ## start Triton and the OpenAI frontend with the embedded default model
+	@$(BIN)/pagoda pull
+	@$(BIN)/pagoda serve --model-repository model_repository $(ARGS)
+
+test: $(VENV)/.dev  ## everything in tests/ that this machine can run
+	$(BIN)/pagoda pull
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-compare: $(VENV)/.dev  ## Pagoda beside transformers on this machine
+	$(BIN)/pagoda bench compare $(ARGS)
+
+install: $(VENV)/.serve
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints/constraints.txt constraints/no-deps.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -c constraints/constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[engine,server]" -c constraints/constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r constraints/no-deps.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet -e ".[engine,server,bench,dev]" -c constraints/constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pagoda build *.egg-info .mypy_cache .ruff_cache .pytest_cache
