@@ -1,7 +1,7 @@
 """Triton's side of Pagoda: the only file that knows `triton_python_backend_utils`. It forwards, and imports no torch.
 
-Two contracts arrive at `execute`: a `session` tensor (frames of pagoda.protocol) and the standard text inputs.
-`execute` runs on Triton's thread; every later call of a response sender and of the metrics is made by the host's thread.
+Two contracts arrive at `execute`: a `session` tensor (frames of pagoda.protocol) and standard text inputs.
+`execute` runs on Triton's thread; every later call of a response sender or a metric is the host thread's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-
 from pagoda import config, logs
 from pagoda.errors import ConfigError, InvalidRequest, PagodaError
 from pagoda.host import Host
@@ -59,9 +58,7 @@ class TritonPythonModel:
     def auto_complete_config(auto_complete_model_config):
         """Both contracts are in every model's configuration; a config.pbtxt needs only parameters."""
         for name, (data_type, dims) in INPUTS.items():
-            auto_complete_model_config.add_input(
-                {"name": name, "data_type": data_type, "dims": dims, "optional": True}
-            )
+            auto_complete_model_config.add_input({"name": name, "data_type": data_type, "dims": dims, "optional": True})
         for name, (data_type, dims) in OUTPUTS.items():
             auto_complete_model_config.add_output({"name": name, "data_type": data_type, "dims": dims})
         auto_complete_model_config.set_max_batch_size(0)

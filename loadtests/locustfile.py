@@ -7,13 +7,16 @@ A streamed chat is one entry, "chat: whole answer", and two more series: "chat: 
 the protocol is a failure with its reason. README.md beside this file says what the columns mean.
 """
 
+# mypy: disable-error-code="untyped-decorator,no-untyped-call"
+# Locust has types, but not for its hooks.
+
 from __future__ import annotations
 
 import itertools
 import json
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,7 +39,10 @@ STREAM = "STREAM"
 PERCENTILES = (0.50, 0.95, 0.99)
 PROMPT_WORDS = (8, 96)
 """Shortest and longest prompt."""
-WORDS = "time year people way day man thing woman life child world school state family student group country".split()
+WORDS = (
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state",
+    "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system",
+)  # fmt: skip
 
 
 @events.init_command_line_parser.add_listener
@@ -118,11 +124,11 @@ class ChatUser(ModelUser):
 
     def measure(self, stream: Stream) -> None:
         """The series beside "whole answer"; a stream that broke the protocol adds nothing to them."""
-        for at, gap in itertools.pairwise([stream.began, *stream.times]):
+        for name, seconds in stream.latencies():
             self.environment.events.request.fire(
                 request_type=STREAM,
-                name=FIRST if at == stream.began else BETWEEN,
-                response_time=1000 * (gap - at),
+                name=name,
+                response_time=1000 * seconds,
                 response_length=0,
                 exception=None,
                 context=self.context(),
@@ -174,6 +180,11 @@ class Stream:
     @property
     def num_tokens(self) -> int:
         return sum(self.usages)
+
+    def latencies(self) -> Iterator[tuple[str, float]]:
+        """(series, seconds): one until the first text, and one for each gap after it."""
+        for earlier, later in itertools.pairwise([self.began, *self.times]):
+            yield (FIRST if later is self.times[0] else BETWEEN), later - earlier
 
     def take(self, lines: Iterable[bytes]) -> None:
         """Read server-sent events to their end."""
@@ -256,7 +267,7 @@ def refusal(response: ResponseContextManager) -> str | None:
 
 
 def report(response: ResponseContextManager, seconds: float, tokens: int, problem: str | None) -> None:
-    """Count the request with the length of its answer in tokens, and until its last event (Locust stops at the head)."""
+    """Count the request until its last event, with its tokens as length; left alone, Locust stops at the head."""
     meta: Any = response.request_meta
     if seconds > 0:
         meta["response_time"] = 1000 * seconds
@@ -274,14 +285,13 @@ def report(response: ResponseContextManager, seconds: float, tokens: int, proble
 def print_summary(environment: Environment, **_: Any) -> None:
     if isinstance(environment.runner, WorkerRunner):
         return  # the master has everybody's numbers
-    stats = environment.stats
+    series = ((FIRST, STREAM), (BETWEEN, STREAM), (WHOLE, "POST"), (COMPLETION, "POST"))
+    entries = [environment.stats.entries[key] for key in series if key in environment.stats.entries]
     print(f"\n{'milliseconds':26}{'P50':>8}{'P95':>8}{'P99':>8}{'count':>9}")
-    for name, kind in ((FIRST, STREAM), (BETWEEN, STREAM), (WHOLE, "POST"), (COMPLETION, "POST")):
-        entry = stats.get(name, kind)
-        if entry.num_requests:
-            numbers = "".join(f"{entry.get_response_time_percentile(p):8.0f}" for p in PERCENTILES)
-            print(f"{name:26}{numbers}{entry.num_requests:9}")
-    tokens, seconds = produced([stats.get(WHOLE, "POST"), stats.get(COMPLETION, "POST")])
+    for entry in entries:
+        numbers = "".join(f"{entry.get_response_time_percentile(p):8.0f}" for p in PERCENTILES)
+        print(f"{entry.name:26}{numbers}{entry.num_requests:9}")
+    tokens, seconds = produced([entry for entry in entries if entry.method != STREAM])
     print(f"\noutput tokens/s: {tokens / seconds if seconds else 0:.1f} ({tokens} tokens in {seconds:.1f} s)\n")
 
 

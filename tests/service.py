@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-
 from pagoda.server import settings as service_settings
 from pagoda.server import store
 
@@ -80,7 +79,10 @@ class Service:
     def is_idle(self, model: str = MODEL) -> bool:
         """Nothing runs or waits, and every block is free."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        return all(self.metric(name, model) == 0 for name in names)
+        try:
+            return all(self.metric(name, model) == 0 for name in names)
+        except AssertionError:  # a worker that has just found the model has no snapshot of it yet
+            return False
 
     def pids(self, pattern: str) -> list[int]:
         """Processes of this service whose command line matches."""
@@ -125,7 +127,13 @@ def running(repository: Path, folder: Path, *arguments: str) -> Iterator[Service
     names = ("--port", "--grpc-port", "--metrics-port", "--http-port")
     flags = [text for pair in zip(names, map(str, ports), strict=True) for text in pair]
     run_folder, output = folder / "run", folder / "serve.log"
-    command = [str(Path(sys.prefix) / "bin" / "pagoda"), "serve", "--model-repository", str(repository), "--triton-http"]
+    command = [
+        str(Path(sys.prefix) / "bin" / "pagoda"),
+        "serve",
+        "--model-repository",
+        str(repository),
+        "--triton-http",
+    ]
     with open(output, "wb") as log:
         process = subprocess.Popen(
             [*command, *flags, "--run-folder", str(run_folder), *arguments],

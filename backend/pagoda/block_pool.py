@@ -89,7 +89,7 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def publish(self, block: int, value: bytes) -> None:
-        """Make an owned block's content findable. The first block with a content keeps its name: tables never change."""
+        """Make an owned block's content findable. The first block of a content keeps its name: tables never change."""
         if value not in self._block_of and self._hash_of[block] is None:
             self._block_of[value] = block
             self._hash_of[block] = value
@@ -107,7 +107,9 @@ class BlockPool:
             if count != held[block]:
                 raise AssertionError(f"block {block} has {count} references and {held[block]} owners")
             if (count == 0) != (block in self._free):
-                raise AssertionError(f"block {block} with {count} references is {'' if count else 'not '}in the free queue")
+                raise AssertionError(
+                    f"block {block} with {count} references is {'' if count else 'not '}in the free queue"
+                )
         for value, block in self._block_of.items():
             if self._hash_of[block] != value:
                 raise AssertionError(f"block {block} is found by a hash it does not have")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -32,9 +32,12 @@ console = Console(highlight=False)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 RunFolder = Annotated[
-    Optional[Path], typer.Option("--run-folder", help="Logs and instance file of one running service.", show_default="$PAGODA_HOME/run")
+    Path | None,
+    typer.Option(
+        "--run-folder", help="Logs and instance file of one running service.", show_default="$PAGODA_HOME/run"
+    ),
 ]
-ApiKey = Annotated[Optional[str], typer.Option(envvar="PAGODA_API_KEY", help="Key the server asks for.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="PAGODA_API_KEY", help="Key the server asks for.")]
 
 
 @contextmanager
@@ -49,9 +52,9 @@ def clear_errors() -> Iterator[None]:
 
 @app.command()
 def serve(
-    model: Annotated[Optional[str], typer.Option(help="Serve this one model: a folder, or a name in the store.")] = None,
-    model_repository: Annotated[Optional[Path], typer.Option(help="Serve every model of a Triton repository.")] = None,
-    served_model_name: Annotated[Optional[str], typer.Option(help="Name of --model in the API.")] = None,
+    model: Annotated[str | None, typer.Option(help="Serve this one model: a folder, or a name in the store.")] = None,
+    model_repository: Annotated[Path | None, typer.Option(help="Serve every model of a Triton repository.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name of --model in the API.")] = None,
     host: Annotated[str, typer.Option(help="Address of the frontend; 0.0.0.0 opens it to others.")] = "127.0.0.1",
     port: int = 9000,
     grpc_port: int = 8001,
@@ -59,7 +62,7 @@ def serve(
     http_port: int = 8000,
     triton_http: Annotated[bool, typer.Option("--triton-http", help="Open Triton's HTTP port, on loopback.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Frontend processes.")] = 2,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="Engine parameter of --model, as name=value.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Engine parameter of --model, as name=value.")] = None,
     api_key: ApiKey = None,
     run_folder: RunFolder = None,
 ) -> None:
@@ -112,7 +115,7 @@ def _check_repository(folder: Path) -> None:
 
 
 def _run(settings: service.ServeSettings) -> None:
-    from pagoda.server.supervisor import Supervisor  # noqa: PLC0415 - gRPC loads in a second
+    from pagoda.server.supervisor import Supervisor
 
     began = time.monotonic()
 
@@ -186,7 +189,7 @@ def unload(name: str, run_folder: RunFolder = None) -> None:
 
 
 def _repository_call(verb: str, name: str, run_folder: Path | None) -> None:
-    from pagoda.triton_client import Triton  # noqa: PLC0415 - gRPC loads in a second
+    from pagoda.triton_client import Triton
 
     instance = service.read_instance(run_folder or service.default_run_folder())
     if instance is None:
@@ -205,8 +208,10 @@ def _repository_call(verb: str, name: str, run_folder: Path | None) -> None:
 
 @app.command()
 def pull(
-    folder: Annotated[Optional[Path], typer.Argument(help="A local Hugging Face folder; without it, the embedded default.")] = None,
-    name: Annotated[Optional[str], typer.Option(help="Its name in the store.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="A local Hugging Face folder; without it, the embedded default.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Its name in the store.")] = None,
 ) -> None:
     """Put a model into the store."""
     with clear_errors():
@@ -229,7 +234,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 @app.command()
 def chat(
     url: Annotated[str, typer.Option(help="A running frontend.")] = "http://127.0.0.1:9000",
-    model: Annotated[Optional[str], typer.Option(help="By default the first one.")] = None,
+    model: Annotated[str | None, typer.Option(help="By default the first one.")] = None,
     temperature: float = 0.2,
     max_tokens: int = 512,
     api_key: ApiKey = None,
@@ -268,7 +273,7 @@ def _ask() -> str:
 @app.command()
 def doctor() -> None:
     """Check this machine: what is there, what is missing, and how to mend it."""
-    from pagoda.server.doctor import checks  # noqa: PLC0415 - only this command needs it
+    from pagoda.server.doctor import checks
 
     found = checks()
     marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}

@@ -1,13 +1,13 @@
 """Every error Pagoda raises on purpose, as one tree.
 
 PagodaError                 code                 HTTP  gRPC
-├── InvalidRequest          invalid_request      400   INVALID_ARGUMENT   the caller's fault; names field, value and remedy
+├── InvalidRequest          invalid_request      400   INVALID_ARGUMENT   the caller's fault: field, value, remedy
 ├── ModelNotFound           model_not_found      404   NOT_FOUND
 ├── Overloaded              overloaded           503   UNAVAILABLE        try again later
 ├── EngineUnavailable       engine_unavailable   503   UNAVAILABLE        the engine is starting, restarting or gone
 ├── DeadlineExceeded        deadline_exceeded    504   DEADLINE_EXCEEDED
 ├── EngineFailure           engine_failure       500   INTERNAL           our fault; the log has the details
-├── ConfigError             bad_config           -     INVALID_ARGUMENT   a model's or server's configuration cannot work
+├── ConfigError             bad_config           -     INVALID_ARGUMENT   a configuration cannot work
 └── CheckpointError         bad_checkpoint       -     INVALID_ARGUMENT   a model folder cannot be read as it stands
 
 Messages are for the person who reads them: what was given, what is allowed, what to do.
@@ -75,7 +75,15 @@ class CheckpointError(PagodaError):
 
 _BY_CODE: dict[str, type[PagodaError]] = {
     cls.code: cls
-    for cls in (ModelNotFound, Overloaded, EngineUnavailable, DeadlineExceeded, EngineFailure, ConfigError, CheckpointError)
+    for cls in (
+        ModelNotFound,
+        Overloaded,
+        EngineUnavailable,
+        DeadlineExceeded,
+        EngineFailure,
+        ConfigError,
+        CheckpointError,
+    )
 }
 
 

@@ -54,7 +54,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}: is this a Hugging Face model folder?") from None
+        raise CheckpointError(
+            f"{path.name} is missing in {path.parent}: is this a Hugging Face model folder?"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

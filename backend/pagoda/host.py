@@ -68,11 +68,9 @@ class OpenSession:
 
 
 class Host(threading.Thread):
-    """Everything between Triton's `execute` and the engine. `forward` and `submit_text` are called by `execute`'s thread."""
+    """Everything between Triton's `execute`, which calls `forward` and `submit_text`, and the engine."""
 
-    def __init__(
-        self, config: EngineConfig, folder: Path, directory: Path, metrics: MetricsSink
-    ) -> None:
+    def __init__(self, config: EngineConfig, folder: Path, directory: Path, metrics: MetricsSink) -> None:
         super().__init__(name="host", daemon=True)
         self.config = config
         self.folder = folder
@@ -367,7 +365,9 @@ class Host(threading.Thread):
 
 def _frame_head(raw: bytes) -> wire.FrameHead:
     if len(raw) > wire.MAX_FRAME_BYTES:
-        raise InvalidRequest(f"the frame has {len(raw)} bytes, the most allowed is {wire.MAX_FRAME_BYTES}", field="session")
+        raise InvalidRequest(
+            f"the frame has {len(raw)} bytes, the most allowed is {wire.MAX_FRAME_BYTES}", field="session"
+        )
     try:
         return wire.decode_frame_head(raw)
     except (msgspec.MsgspecError, RecursionError):
@@ -381,4 +381,3 @@ def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
             found.append(socket.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
             return found
-

@@ -108,7 +108,7 @@ class Attention(nn.Module):
     def forward(self, qkv: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
         """qkv [T, (heads + 2 kv_heads) * head_dim] to [T, heads * head_dim]."""
         rows = qkv.view(qkv.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = rows.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k, v = torch.split(rows, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         keys, values = cache.keys[self.layer], cache.values[self.layer]
         self._ops.rotary_kv_write(q, k, v, rotary.cos, rotary.sin, batch.positions, keys, values, batch.slots)
         return self._ops.paged_attention(q, keys, values, batch.attention, self.scale).flatten(1)

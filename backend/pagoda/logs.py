@@ -1,4 +1,4 @@
-"""Logs as JSON lines on standard error: time, level, logger, message and the fields a record carries. Never a prompt."""
+"""Logs as JSON lines on standard error: time, level, logger, message, and a record's own fields. Never a prompt."""
 
 from __future__ import annotations
 

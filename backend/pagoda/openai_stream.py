@@ -46,7 +46,9 @@ def _open(request: urllib.request.Request, timeout: float) -> Any:
     except urllib.error.HTTPError as error:
         raise ServerError(_message(error.read()) or f"the server answered {error.code}") from None
     except urllib.error.URLError as error:
-        raise ServerError(f"no server answers at {request.full_url}: {error.reason}; start one with `pagoda serve`") from None
+        raise ServerError(
+            f"no server answers at {request.full_url}: {error.reason}; start one with `pagoda serve`"
+        ) from None
 
 
 def _message(body: bytes) -> str | None:

@@ -58,7 +58,7 @@ def _leave(sessions: Sessions, reason: str, status: int) -> None:
 
 
 def _serve(start: EngineStart, sessions: Sessions) -> None:
-    from pagoda import hf_config  # noqa: PLC0415 - torch loads while the door already answers
+    from pagoda import hf_config
     from pagoda.engine import Engine
     from pagoda.runner import Runner
     from pagoda.scheduler import Scheduler
@@ -100,7 +100,9 @@ def _serve(start: EngineStart, sessions: Sessions) -> None:
 def resolve_max_model_len(config: EngineConfig, trained: int) -> int:
     """Raises ConfigError when more is asked for than the checkpoint was trained for."""
     if config.max_model_len is not None and config.max_model_len > trained:
-        raise ConfigError(f"max_model_len {config.max_model_len} is beyond the {trained} tokens of the checkpoint: lower it")
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is beyond the {trained} tokens of the checkpoint: lower it"
+        )
     return config.max_model_len or trained
 
 

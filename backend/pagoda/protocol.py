@@ -136,7 +136,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True, omit_defaults=True):
 
 
 class Pong(msgspec.Struct, tag="pong", frozen=True):
-    """The engine's pulse. Frozen: `busy`, and no step for ten times the longest recent one and at least 5 s."""
+    """The engine's pulse; `is_frozen` judges it."""
 
     nonce: int
     step: int

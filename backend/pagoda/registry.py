@@ -23,8 +23,6 @@ log = logging.getLogger("pagoda.registry")
 UNLOADING = "the model is being unloaded"
 POLL_INTERVAL = 1.0
 """Seconds between two looks at the repository."""
-MIN_POLL_INTERVAL = 0.1
-"""Seconds between two looks asked for by requests."""
 SILENCE = 2.0
 """Seconds without a sign of life after which a model is not given new requests."""
 LOST_SILENCE = 5.0
@@ -74,7 +72,7 @@ class Registry:
         self._foreign: set[str] = set()
         self._wake = asyncio.Event()
         self._polling = asyncio.Lock()
-        self._polled = 0.0
+        self._looked = 0.0
         self._closing = False
 
     def __iter__(self) -> Iterator[tuple[str, Entry]]:
@@ -104,7 +102,7 @@ class Registry:
 
     async def find(self, name: str) -> Session:
         """As `session`, after another look at the server for a model that is not known yet or is just opening."""
-        if name not in self._entries and time.monotonic() - self._polled > MIN_POLL_INTERVAL:
+        if name not in self._entries:
             await self.poll()
         entry = self._entries.get(name)
         if entry is not None and entry.session.state == "opening":
@@ -126,13 +124,18 @@ class Registry:
                 await asyncio.wait_for(self._wake.wait(), POLL_INTERVAL)
 
     async def poll(self) -> None:
-        """One look at the server: open new sessions, let go of those that leave, give up those that are silent."""
+        """One look at the server: open new sessions, let go of those that leave, give up those that are silent.
+
+        Those who ask while a look is under way share the next one.
+        """
+        asked = time.monotonic()
         async with self._polling:
-            self._give_up_silent()
-            await self._look()
+            if self._looked < asked:
+                self._looked = time.monotonic()
+                await self._look()
 
     async def _look(self) -> None:
-        self._polled = time.monotonic()
+        self._give_up_silent()
         try:
             states = await self.triton.models()
         except EngineUnavailable:

@@ -16,6 +16,7 @@ from pagoda.config import EngineConfig
 from pagoda.errors import ConfigError
 from pagoda.hf_config import HFConfig
 from pagoda.layers import KVCache, Rotary
+from pagoda.models.llama import LlamaForCausalLM
 from pagoda.scheduler import Plan
 
 log = logging.getLogger("pagoda.runner")
@@ -45,7 +46,7 @@ class Runner:
         self.num_blocks = num_kv_blocks(config, hf_config, self.dtype, max_model_len)
         self.cache = KVCache(hf_config, self.num_blocks, config.block_size, self.dtype, self.device)
 
-    def _load(self, hf_config: HFConfig, folder: Path) -> models.LlamaForCausalLM:
+    def _load(self, hf_config: HFConfig, folder: Path) -> LlamaForCausalLM:
         started = time.monotonic()
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
@@ -78,7 +79,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for and no GPU is visible: run `pagoda doctor`, or set device to 'cpu'")
+        raise ConfigError(
+            "device 'cuda' was asked for and no GPU is visible: run `pagoda doctor`, or set device to 'cpu'"
+        )
     return torch.device(name)
 
 

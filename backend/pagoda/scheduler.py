@@ -113,7 +113,7 @@ class Scheduler:
         return self._requests
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded when the queue is full, ValueError for a key in use or for no room ever."""
+        """Queue a request. Raises Overloaded when the queue is full, ValueError for a key in use or no room ever."""
         if self.num_waiting >= self.max_num_queued_requests:
             raise Overloaded(
                 f"{self.num_waiting} requests are waiting (max_num_queued_requests {self.max_num_queued_requests}): "
@@ -314,7 +314,11 @@ class Scheduler:
                 raise AssertionError(f"waiting request {request.key!r} holds blocks {request.block_ids}")
         for request in self.running:
             if len(request.block_ids) * self.block_size < request.num_computed:
-                raise AssertionError(f"request {request.key!r} computed {request.num_computed} tokens beyond its blocks")
+                raise AssertionError(
+                    f"request {request.key!r} computed {request.num_computed} tokens beyond its blocks"
+                )
             for block in request.block_ids[request.num_computed // self.block_size :]:
                 if not self.pool.is_private(block):
-                    raise AssertionError(f"block {block}, which request {request.key!r} writes to, is shared or published")
+                    raise AssertionError(
+                        f"block {block}, which request {request.key!r} writes to, is shared or published"
+                    )

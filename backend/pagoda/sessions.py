@@ -8,6 +8,7 @@ Peers send [reply_to, frame]; they get [session, b"final" or b"", payload] at th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -53,7 +54,7 @@ class Sessions(threading.Thread):
     def __init__(self, address: str, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(name="sessions", daemon=True)
         self.clock = clock
-        self._context = zmq.Context.instance()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -106,10 +107,8 @@ class Sessions(threading.Thread):
         self._socket.close()
 
     def _receive_all(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass
         while True:
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -176,9 +175,7 @@ class Sessions(threading.Thread):
             raise InvalidRequest(f"request id {message.id} is in use in this session", field="id")
         sampling_params.check(message.params, vocab_size=facts.vocab_size)
         sampling_params.check_prompt(message.prompt_ids, vocab_size=facts.vocab_size)
-        limit = sampling_params.check_length(
-            len(message.prompt_ids), message.params, max_model_len=facts.max_model_len
-        )
+        limit = sampling_params.check_length(len(message.prompt_ids), message.params, max_model_len=facts.max_model_len)
         params = message.params
         eos = () if params.ignore_eos else facts.eos_token_ids
         return Request(

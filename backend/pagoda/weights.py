@@ -93,12 +93,14 @@ def files(folder: Path) -> list[Path]:
     if absent:
         raise CheckpointError(f"{absent[0]} is named by the index of {folder} and missing")
     if not paths:
-        raise CheckpointError(f"no *.safetensors in {folder}; pickled weights (*.bin, *.pt) are never opened: convert them")
+        raise CheckpointError(
+            f"no *.safetensors in {folder}; pickled weights (*.bin, *.pt) are never opened: convert them"
+        )
     return paths
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in files(folder):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - not a dict
                 yield name, file.get_tensor(name)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Protocol
 
 import msgspec
+from pagoda.errors import PagodaError
+from pagoda.text.generation import Delta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda.errors import PagodaError
-from pagoda.text.generation import Delta
 from pagoda_openai.errors import envelope
 from pagoda_openai.generation import ClientGone, Generation, while_connected
 from pagoda_openai.schemas import UsageBody, usage_body
@@ -39,7 +38,7 @@ async def answer(
             body = shape.whole(choices, usage_body(generation.usages))
             return Response(msgspec.json.encode(body), media_type="application/json")
         items = generation.deltas()
-        first = await while_connected(request, anext(items))  # type: ignore[arg-type]
+        first = await while_connected(request, anext(items))
     except ClientGone:
         generation.abort("client_gone")
         return Response(status_code=499)
@@ -56,10 +55,9 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     begun: set[int] = set()
     try:
-        async with aclosing(_chain(first, rest)) as items:
-            async for index, delta in items:
-                yield b"".join(map(event, shape.chunks(index, delta, is_first=index not in begun)))
-                begun.add(index)
+        async for index, delta in _chain(first, rest):
+            yield b"".join(map(event, shape.chunks(index, delta, is_first=index not in begun)))
+            begun.add(index)
         if include_usage:
             yield event(shape.usage_chunk(usage_body(generation.usages)))
     except PagodaError as error:

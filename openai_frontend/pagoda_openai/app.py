@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from fastapi import FastAPI
-
 import pagoda
+from fastapi import FastAPI
 from pagoda.registry import Registry
 from pagoda.triton_client import Triton
+
 from pagoda_openai import errors
 from pagoda_openai.generation import Frontend
 from pagoda_openai.http_metrics import HttpMetrics

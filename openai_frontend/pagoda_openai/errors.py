@@ -6,15 +6,19 @@ import logging
 
 import msgspec
 from fastapi import FastAPI
+from pagoda.errors import EngineFailure, PagodaError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda.errors import EngineFailure, PagodaError
-
 log = logging.getLogger("pagoda.openai")
 
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error"}
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+}
 RETRY_AFTER = "1"
 """Seconds, sent with every 503."""
 

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from starlette.requests import Request
-from starlette.types import Receive
-
 from pagoda import sampling_params
 from pagoda.client import Session
 from pagoda.errors import InvalidRequest
@@ -23,6 +20,9 @@ from pagoda.sampling_params import SamplingParams
 from pagoda.text.generation import Delta, deltas
 from pagoda.text.stream import TextStream
 from pagoda.text.tokenizer import Tokenizer
+from starlette.requests import Request
+from starlette.types import Receive
+
 from pagoda_openai.settings import Settings
 from pagoda_openai.sse import disconnected
 
@@ -155,7 +155,7 @@ async def _merge(sources: list[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int
         async for item in sources[0]:
             yield 0, item
         return
-    pending = {asyncio.ensure_future(anext(source)): index for index, source in enumerate(sources)}  # type: ignore[call-overload]
+    pending = {asyncio.ensure_future(anext(source)): index for index, source in enumerate(sources)}
     try:
         while pending:
             done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -166,7 +166,7 @@ async def _merge(sources: list[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int
                 except StopAsyncIteration:
                     continue
                 yield index, item
-                pending[asyncio.ensure_future(anext(sources[index]))] = index  # type: ignore[call-overload]
+                pending[asyncio.ensure_future(anext(sources[index]))] = index
     finally:
         for task in pending:
             task.cancel()
@@ -188,5 +188,3 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-
-

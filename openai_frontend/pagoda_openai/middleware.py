@@ -1,5 +1,7 @@
-"""What every request passes: a request id, the key check, the drain, one log line, one count. Plain ASGI, so that streams
-and disconnects pass through untouched."""
+"""What every request passes: a request id, the key check, the drain, one log line, one count.
+
+Plain ASGI, so that streams and disconnects pass through untouched.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
+from pagoda.errors import EngineUnavailable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pagoda.errors import EngineUnavailable
 from pagoda_openai.errors import Unauthorized, response
 from pagoda_openai.http_metrics import HttpMetrics
 
@@ -96,5 +98,3 @@ def _request_id(headers: Headers) -> str:
 def _has_key(headers: Headers, key: bytes) -> bool:
     scheme, _, given = headers.get("authorization", "").partition(" ")
     return hmac.compare_digest(given.strip().encode(), key) and scheme.lower() == "bearer"
-
-

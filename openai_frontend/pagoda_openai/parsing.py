@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
+from pagoda.errors import InvalidRequest
 from starlette.requests import Request
 
-from pagoda.errors import InvalidRequest
 from pagoda_openai.errors import BodyTooLarge, UnsupportedEncoding
 from pagoda_openai.schemas import IGNORED, NEUTRAL
 
@@ -41,11 +40,11 @@ def parse(body: bytes, kind: type[T]) -> T:
     for name, raw in fields.items():
         if name not in known:
             _check_other(name, raw)
-    return _decode(body, kind)
+    request: T = _decode(body, kind)
+    return request
 
 
-@lru_cache(maxsize=8)
-def _field_names(kind: type[Any]) -> frozenset[str]:
+def _field_names(kind: Any) -> frozenset[str]:
     return frozenset(kind.__struct_fields__)
 
 
@@ -76,10 +75,10 @@ def _check_other(name: str, raw: msgspec.Raw) -> None:
 
 
 def _accepted(name: str) -> tuple[Any, ...]:
-    return tuple(v for neutral in NEUTRAL[name] for v in ((neutral, float(neutral)) if _is_int(neutral) else (neutral,)))
+    return tuple(
+        v for neutral in NEUTRAL[name] for v in ((neutral, float(neutral)) if _is_int(neutral) else (neutral,))
+    )
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-
 from pagoda.errors import InvalidRequest
 from pagoda.protocol import ModelFacts, Usage
 from pagoda.sampling_params import SamplingParams
@@ -145,7 +144,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
         for part in self.content:
             if part.type != "text" or part.text is None:
                 raise InvalidRequest(
-                    f"messages: content parts of type {part.type[:40]!r} are not available, only 'text'", field="messages"
+                    f"messages: content parts of type {part.type[:40]!r} are not available, only 'text'",
+                    field="messages",
                 )
         return "".join(part.text or "" for part in self.content)
 

@@ -16,8 +16,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
-
 from pagoda import logs
+
 from pagoda_openai.settings import from_environment
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ async def beat(descriptor: int, frontend: Frontend) -> None:
 
 
 async def main(arguments: dict[str, int]) -> None:
-    from pagoda_openai.app import create_app  # noqa: PLC0415 - after PROMETHEUS_MULTIPROC_DIR is set
+    from pagoda_openai.app import create_app
 
     app = create_app()
     config = uvicorn.Config(

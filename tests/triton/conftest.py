@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from service import MODEL, Service, running, wait_for, write_model
-
 from pagoda.server import store
+from service import MODEL, Service, running, wait_for, write_model
 
 
 def _server_missing() -> str | None:
     if Path("/opt/tritonserver/bin/tritonserver").exists():
         return None
-    return None if importlib.util.find_spec("pytriton") else "no tritonserver: the nvidia-pytriton wheel is not installed"
+    return (
+        None if importlib.util.find_spec("pytriton") else "no tritonserver: the nvidia-pytriton wheel is not installed"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,5 +42,3 @@ def calm(service: Service) -> Service:
     service.wait_ready()
     wait_for(lambda: service.is_idle(), 30, "the service to fall idle")
     return service
-
-

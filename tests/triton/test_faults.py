@@ -22,7 +22,8 @@ from service import MODEL, Service, sse_events, wait_for
 CLIENT = """
 import json, sys, threading, urllib.request
 def stream(i):
-    body = json.dumps({"model": "smollm2", "prompt": f"Story {i}:", "max_tokens": 4000, "stream": True, "ignore_eos": True})
+    body = {"model": "smollm2", "prompt": f"Story {i}:", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    body = json.dumps(body)
     request = urllib.request.Request(sys.argv[1] + "/v1/completions", body.encode())
     for line in urllib.request.urlopen(request):
         pass
@@ -125,7 +126,9 @@ def test_killed_frontend_worker_is_replaced_and_its_requests_are_aborted(calm: S
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         wait_for(lambda: len(set(calm.pids("pagoda_openai.worker")) - set(workers)) == 2, 5, "new workers")
-        wait_for(lambda: calm.metric("num_requests_running", triton=True) == 0, 5, "the orphaned requests to be aborted")
+        wait_for(
+            lambda: calm.metric("num_requests_running", triton=True) == 0, 5, "the orphaned requests to be aborted"
+        )
         client.wait(20)
     calm.wait_ready(20)
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import openai
 import pytest
 import torch
-from service import MODEL, Service
-from transformers import AutoModelForCausalLM
-
 from pagoda.server import store
 from pagoda.text.tokenizer import Tokenizer
+from service import MODEL, Service
+from transformers import AutoModelForCausalLM
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 NEAR_TIE = 1e-4
@@ -78,7 +77,9 @@ async def test_32_at_once_finish_once_each(async_client: openai.AsyncOpenAI) -> 
 
 async def test_greedy_text_equals_the_lone_run_and_transformers(async_client: openai.AsyncOpenAI) -> None:
     """20 prompts of mixed length at once, alone, and by transformers; differences only where two logits nearly tie."""
-    prompts = [" ".join(f"Fact {k}: the number {k * i} is interesting." for k in range(1 + 3 * i)) for i in range(1, 21)]
+    prompts = [
+        " ".join(f"Fact {k}: the number {k * i} is interesting." for k in range(1 + 3 * i)) for i in range(1, 21)
+    ]
 
     async def complete(prompt: str) -> str:
         answer = await async_client.completions.create(
@@ -120,7 +121,9 @@ class GreedyJudge:
 
 
 def test_completion_of_several_prompts_and_token_ids(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model=MODEL, prompt=["The capital of France is", "2 + 2 ="], max_tokens=4, temperature=0)
+    answer = client.completions.create(
+        model=MODEL, prompt=["The capital of France is", "2 + 2 ="], max_tokens=4, temperature=0
+    )
     assert [c.index for c in answer.choices] == [0, 1]
     assert "Paris" in answer.choices[0].text
     ids = Tokenizer.from_folder(store.models_dir() / store.DEFAULT_MODEL).encode("The capital of France is")
@@ -143,7 +146,9 @@ def test_stop_string_never_leaks_and_counts_agree(client: openai.OpenAI) -> None
 
 def test_seeded_sampling_repeats(client: openai.OpenAI) -> None:
     def draw(seed: int) -> str:
-        answer = client.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=24, temperature=1.2, seed=seed)
+        answer = client.completions.create(
+            model=MODEL, prompt="Once upon a time", max_tokens=24, temperature=1.2, seed=seed
+        )
         return answer.choices[0].text
 
     assert draw(7) == draw(7)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import grpc
 import openai
+import psutil
+from pagoda.triton_client import SECRET_HEADER
 from service import MODEL, Service
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-from pagoda.triton_client import SECRET_HEADER
 
 
 def triton_responses(service: Service) -> int:
@@ -57,12 +57,10 @@ def test_torch_is_nowhere_but_in_the_engine(calm: Service) -> None:
 
 
 def test_triton_listens_on_loopback_only(calm: Service) -> None:
-    import psutil
-
     service_pids = {calm.process.pid, *calm.pids(".")}
     listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in service_pids]
     assert listening
-    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}
+    assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} <= {"127.0.0.1", "::1"}
 
 
 def test_the_core_series_are_on_both_pages(calm: Service) -> None:

@@ -19,7 +19,8 @@ def chain(tokens: list[int], *, size: int = 2, salt: str = "") -> list[bytes]:
 
 def test_memory_modules_import_no_torch() -> None:
     """The scheduler must load in a process that has no torch."""
-    code = "import sys, pagoda.block_pool, pagoda.scheduler, pagoda.engine, pagoda.sessions, pagoda.host; print('torch' in sys.modules)"
+    modules = "sys, pagoda.block_pool, pagoda.scheduler, pagoda.engine, pagoda.sessions, pagoda.host"
+    code = f"import {modules}; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

@@ -90,4 +90,6 @@ def test_the_simulation_sees(fault: Fault) -> None:
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.seen_by_check], ids=repr)
 def test_the_engines_own_check_sees(fault: Fault) -> None:
     """What the idle engine asks of itself must see the faults of the books, without the tests' auditor."""
-    assert re.search(r"references and \d+ owners|in the free queue|is shared or published", caught(fault, check_only=True))
+    assert re.search(
+        r"references and \d+ owners|in the free queue|is shared or published", caught(fault, check_only=True)
+    )

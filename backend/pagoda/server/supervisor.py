@@ -108,7 +108,9 @@ class Supervisor:
             listener.bind((self.settings.host, self.settings.port))
         except OSError as error:
             listener.close()
-            raise ConfigError(f"port {self.settings.port} cannot be used: {error.strerror}; choose another with --port") from None
+            raise ConfigError(
+                f"port {self.settings.port} cannot be used: {error.strerror}; choose another with --port"
+            ) from None
         listener.listen(4096)
         return listener
 
@@ -201,7 +203,9 @@ def _check_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ConfigError(f"port {port} cannot be used: {error.strerror}; `pagoda doctor` shows who holds it") from None
+            raise ConfigError(
+                f"port {port} cannot be used: {error.strerror}; `pagoda doctor` shows who holds it"
+            ) from None
 
 
 def _tail(file: Path, lines: int = 15) -> str:

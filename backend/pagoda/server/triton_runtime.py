@@ -37,7 +37,9 @@ def assemble(folder: Path) -> TritonRuntime:
     _install_backend(backends / "pagoda")
     wheel = _wheel_folder()
     _install_python_backend(wheel, backends / "python")
-    return TritonRuntime(wheel / "bin" / "tritonserver", backends, _environment(wheel.parents[1] / "nvidia_pytriton.libs"))
+    return TritonRuntime(
+        wheel / "bin" / "tritonserver", backends, _environment(wheel.parents[1] / "nvidia_pytriton.libs")
+    )
 
 
 def _container() -> TritonRuntime:

@@ -65,7 +65,9 @@ def check_stops(stop: str | list[str] | None) -> tuple[str, ...]:
         raise InvalidRequest(f"stop holds {len(stops)} strings, the most allowed is {MAX_STOPS}", field="stop")
     for text in stops:
         if not 0 < len(text) <= MAX_STOP_CHARS:
-            raise InvalidRequest(f"stop strings must hold 1 to {MAX_STOP_CHARS} characters, not {len(text)}", field="stop")
+            raise InvalidRequest(
+                f"stop strings must hold 1 to {MAX_STOP_CHARS} characters, not {len(text)}", field="stop"
+            )
     return stops
 
 

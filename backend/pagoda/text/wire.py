@@ -1,4 +1,4 @@
-"""Messages between the Triton stub and its text worker: the standard text contract, one struct a request and a reply."""
+"""Messages between the Triton stub and its text worker: the standard text contract."""
 
 from __future__ import annotations
 

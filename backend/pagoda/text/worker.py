@@ -13,14 +13,14 @@ import os
 import secrets
 import sys
 import threading
+from functools import partial
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from pagoda import logs
+from pagoda import logs, sampling_params
 from pagoda import protocol as protocol_wire
-from pagoda import sampling_params
 from pagoda.client import PING_INTERVAL, RequestStream, Session
 from pagoda.errors import EngineFailure, PagodaError
 from pagoda.text import wire
@@ -46,7 +46,7 @@ class TextWorker:
         self._engine = self._context.socket(zmq.DEALER)
         self._engine.setsockopt(zmq.IDENTITY, self._identity.encode())
         self._engine.setsockopt(zmq.LINGER, 0)
-        self._to_engine = zmq.Context.instance().socket(zmq.DEALER)
+        self._to_engine: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._to_engine.setsockopt(zmq.IMMEDIATE, 1)  # a frame for a dead engine is dropped, not kept for the next
         self._to_engine.setsockopt(zmq.LINGER, 0)
         self._requests = self._context.socket(zmq.PULL)
@@ -93,7 +93,10 @@ class TextWorker:
             else:
                 task = asyncio.create_task(self._serve(message))
                 self._tasks[message.id] = task
-                task.add_done_callback(lambda _, request_id=message.id: self._tasks.pop(request_id, None))
+                task.add_done_callback(partial(self._forget, message.id))
+
+    def _forget(self, request_id: int, _: asyncio.Task[None]) -> None:
+        self._tasks.pop(request_id, None)
 
     async def _serve(self, request: TextRequest) -> None:
         try:
@@ -102,7 +105,9 @@ class TextWorker:
             await self._reply(wire.failed(request.id, error))
         except Exception:
             log.exception("a text request failed")
-            await self._reply(wire.failed(request.id, EngineFailure("the request failed; the server's log has the reason")))
+            await self._reply(
+                wire.failed(request.id, EngineFailure("the request failed; the server's log has the reason"))
+            )
 
     async def _answer(self, request: TextRequest) -> None:
         parameters = parse_parameters(request)

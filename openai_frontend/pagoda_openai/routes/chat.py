@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 from fastapi import APIRouter
+from pagoda.errors import InvalidRequest
+from pagoda.text.generation import Delta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda.errors import InvalidRequest
-from pagoda.text.generation import Delta
 from pagoda_openai.answer import answer
 from pagoda_openai.generation import Generation, model_of
 from pagoda_openai.parsing import parse, read_body
@@ -61,7 +61,8 @@ class ChatShape:
 
     def whole(self, choices: list[tuple[str, str]], usage: UsageBody) -> msgspec.Struct:
         done = [
-            ChatChoice(i, ChatAnswer("assistant", text), finish_reason=reason) for i, (text, reason) in enumerate(choices)
+            ChatChoice(i, ChatAnswer("assistant", text), finish_reason=reason)
+            for i, (text, reason) in enumerate(choices)
         ]
         return ChatCompletion(self._id, "chat.completion", self._created, self._model, done, usage)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 from fastapi import APIRouter
+from pagoda.errors import InvalidRequest
+from pagoda.text.generation import Delta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda.errors import InvalidRequest
-from pagoda.text.generation import Delta
 from pagoda_openai.answer import answer
 from pagoda_openai.generation import MAX_PROMPTS, Generation, Model, model_of
 from pagoda_openai.parsing import parse, read_body
@@ -28,7 +28,9 @@ async def completions(request: Request) -> Response:
     params, stops = asked.sampling(model.facts, asked.max_tokens), asked.stops
     prompts = await prompts_of(asked.prompt, model)
     generation = Generation(model, prompts, params, stops, asked.cache_salt)
-    return await answer(request, frontend.settings, generation, CompletionShape(generation), asked.stream, include_usage)
+    return await answer(
+        request, frontend.settings, generation, CompletionShape(generation), asked.stream, include_usage
+    )
 
 
 async def prompts_of(prompt: str | list[str | int | list[int]], model: Model) -> list[list[int]]:

@@ -6,15 +6,15 @@ import asyncio
 from collections.abc import Iterable
 
 from fastapi import APIRouter
+from pagoda.metrics_export import DESCRIPTIONS, PREFIX
+from pagoda.protocol import Metrics
+from pagoda.registry import Registry
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda.metrics_export import DESCRIPTIONS, PREFIX
-from pagoda.protocol import Metrics
-from pagoda.registry import Registry
 from pagoda_openai.http_metrics import HttpMetrics
 from pagoda_openai.state import frontend_of
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.requests import Request
-
 from pagoda.errors import ModelNotFound
 from pagoda.registry import Entry
+from starlette.requests import Request
+
 from pagoda_openai.state import frontend_of
 
 router = APIRouter()
