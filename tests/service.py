@@ -71,7 +71,7 @@ class Service:
         values = [
             float(line.rpartition(" ")[2])
             for line in page.splitlines()
-            if line.startswith(f"vllm:{name}{{") and f'model_name="{model}"' in line
+            if re.match(rf"(vllm|pagoda):{name}{{", line) and f'model_name="{model}"' in line
         ]
         assert values, f"no series vllm:{name} for {model}"
         return sum(values)

@@ -101,7 +101,7 @@ class BlockPool:
             self._hash_of[block] = None
 
     def check(self, owners: Iterable[Sequence[int]]) -> None:
-        """Prove the invariants against the block lists of all live requests. Raises AssertionError naming the breach."""
+        """Prove the invariants against the blocks of all live requests. Raises AssertionError naming the breach."""
         held = Counter(block for blocks in owners for block in blocks)
         for block, count in enumerate(self._references):
             if count != held[block]:

@@ -11,7 +11,12 @@ from typing import Any
 
 from pagoda.protocol import Histogram, Metrics
 
-PREFIX = "vllm:"
+OWN = frozenset({"engine_steps_total", "session_payloads_total"})
+"""Series that no other engine has; the others have the names that dashboards know from vLLM."""
+
+
+def full_name(name: str) -> str:
+    return ("pagoda:" if name in OWN else "vllm:") + name
 
 
 class MetricsExport:
@@ -75,7 +80,7 @@ class MetricsExport:
         if name not in self._families:
             family = self._pb_utils.MetricFamily
             self._families[name] = family(
-                name=PREFIX + name, description=DESCRIPTIONS.get(name, name), kind=getattr(family, kind)
+                name=full_name(name), description=DESCRIPTIONS.get(name, name), kind=getattr(family, kind)
             )
         return self._families[name]
 
@@ -92,4 +97,5 @@ DESCRIPTIONS = {
     "generation_tokens_total": "Tokens generated",
     "request_success_total": "Requests ended, by reason",
     "engine_steps_total": "Steps of the engine's loop",
+    "session_payloads_total": "Payloads sent to sessions, each one response of Triton's",
 }

@@ -146,7 +146,7 @@ class Pong(msgspec.Struct, tag="pong", frozen=True):
 
 
 class Histogram(msgspec.Struct, array_like=True):
-    """Cumulative since start. `counts[i]` observations lie in (bounds[i-1], bounds[i]]; the last is beyond all bounds."""
+    """Cumulative since start. `counts[i]` observations lie in (bounds[i-1], bounds[i]]; the last beyond all bounds."""
 
     bounds: list[float]
     counts: list[int]
@@ -154,7 +154,7 @@ class Histogram(msgspec.Struct, array_like=True):
 
 
 class Metrics(msgspec.Struct, tag="metrics"):
-    """A whole snapshot, cumulative since the engine's start; names without their `vllm:` prefix."""
+    """A whole snapshot, cumulative since the engine's start; names without their prefix."""
 
     gauges: dict[str, float]
     counters: dict[str, float]

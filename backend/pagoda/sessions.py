@@ -68,6 +68,7 @@ class Sessions(threading.Thread):
         self._epoch = 0
         self._stop_reason: str | None = None
         self._next_sweep = 0.0
+        self._num_payloads = 0
 
     # ── called by other threads ───────────────────────────────────────────────────────────────────────────────────
 
@@ -266,6 +267,7 @@ class Sessions(threading.Thread):
             self._send(name, [_failed(request_id, error)])
 
     def _broadcast(self, metrics: wire.Metrics) -> None:
+        metrics.counters["session_payloads_total"] = self._num_payloads
         for name, session in self._sessions.items():
             if self._has_credit(session):
                 self._send(name, [metrics])
@@ -276,6 +278,7 @@ class Sessions(threading.Thread):
     def _send(self, name: str, messages: list[wire.EngineMessage]) -> None:
         session = self._sessions[name]
         session.sent += 1
+        self._num_payloads += 1
         self._send_to(session.reply_to, name, messages, False)
 
     def _send_to(self, reply_to: bytes, name: str, messages: list[wire.EngineMessage], final: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, TypeVar
 
 import msgspec
@@ -52,15 +53,19 @@ def _decode(body: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        path = str(error).rpartition("$")[2].strip("`.")
-        field = path.partition(".")[0].partition("[")[0] or None
-        if field is None and "missing required field" in str(error):
-            field = str(error).split("`")[1]
-        raise InvalidRequest(f"the request is not valid: {error}", field=field) from None
+        raise InvalidRequest(f"the request is not valid: {error}", field=_field_of(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
+
+
+def _field_of(message: str) -> str | None:
+    """The request's field that a message of msgspec's is about: `… - at `$.messages[0].role`` or `… field `model``."""
+    quoted = re.findall(r"`([^`]*)`", message)
+    if not quoted:
+        return None
+    return re.sub(r"^\$\.?", "", quoted[-1]).partition(".")[0].partition("[")[0] or None
 
 
 def _check_other(name: str, raw: msgspec.Raw) -> None:

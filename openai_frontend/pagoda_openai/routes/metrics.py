@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 
 from fastapi import APIRouter
-from pagoda.metrics_export import DESCRIPTIONS, PREFIX
+from pagoda.metrics_export import DESCRIPTIONS, full_name
 from pagoda.protocol import Metrics
 from pagoda.registry import Registry
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -62,5 +62,5 @@ class EngineCollector:
 
 def _family(families: dict[str, Metric], kind: type[Metric], name: str, labels: list[str]):  # type: ignore[no-untyped-def]
     if name not in families:
-        families[name] = kind(PREFIX + name, DESCRIPTIONS.get(name, name), labels=labels)  # type: ignore[call-arg]
+        families[name] = kind(full_name(name), DESCRIPTIONS.get(name, name), labels=labels)  # type: ignore[call-arg]
     return families[name]
