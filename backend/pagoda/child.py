@@ -10,6 +10,10 @@ from pathlib import Path
 
 import msgspec
 
+SPIN_COUNT = "2000"
+"""Turns that a thread of OpenMP's spins at a barrier before it sleeps, a few µs. Its default is milliseconds: beside
+any other busy process on the same cores, two engines among them, each barrier then costs a time slice."""
+
 
 class Child:
     """`python -m module`, told `start` as one line of JSON on its standard input."""
@@ -17,7 +21,9 @@ class Child:
     def __init__(self, module: str, start: msgspec.Struct, directory: Path) -> None:
         # sys.executable is the stub's own binary inside Triton; the prefix is right in both places.
         python = Path(sys.prefix) / "bin" / "python3"
-        self._process = subprocess.Popen([str(python), "-m", module], stdin=subprocess.PIPE, cwd=directory)
+        command = [str(python), "-m", module]
+        environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=directory, env=environment)
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(start) + b"\n")
         self._process.stdin.flush()

@@ -123,7 +123,8 @@ def _run(settings: service.ServeSettings) -> None:
         names = supervisor.registry.names()
         console.print(f"\n[bold]Pagoda {__version__}[/bold] serves {', '.join(names)}")
         instance = supervisor.instance()
-        console.print(f"  OpenAI API     {instance.url}/v1      health {instance.url}/health")
+        console.print(f"  OpenAI API     {instance.url}/v1")
+        console.print(f"  health         {instance.url}/health")
         console.print(f"  Triton gRPC    {instance.grpc_address}")
         console.print(f"  Triton metrics {instance.metrics_url}")
         if instance.http_url:

@@ -1,4 +1,4 @@
-"""Bad inputs over HTTP. After each: the error names what is wrong, came at once, and a stream beside it is untouched."""
+"""Bad inputs over HTTP: each error names what is wrong and comes at once; a stream beside them is untouched."""
 
 from __future__ import annotations
 

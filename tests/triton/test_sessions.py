@@ -11,7 +11,6 @@ import psutil
 import pytest
 from service import MODEL, Service
 
-
 WORKERS = 2
 SESSIONS = WORKERS + 3
 """Beside the workers': the supervisor's, the stub's own and the text worker's."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
+from pagoda.errors import ConfigError
 from pagoda.server import store
 
 
@@ -62,6 +66,30 @@ def instance_file(run_folder: Path) -> Path:
     return run_folder / "instance.json"
 
 
+@contextmanager
+def holding(run_folder: Path) -> Iterator[None]:
+    """Be the one service of a run folder. Raises ConfigError when another is.
+
+    A lock and not a process id tells: in a container every start has the same one.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with open(run_folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"a service already runs from {run_folder}: `pagoda stop` ends it") from None
+        yield
+
+
+def _is_held(run_folder: Path) -> bool:
+    with open(run_folder / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def write_instance(run_folder: Path, instance: Instance) -> None:
     descriptor = os.open(instance_file(run_folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -72,10 +100,9 @@ def read_instance(run_folder: Path) -> Instance | None:
     """The service that runs from this folder, or None. A file left by a dead one counts as none."""
     try:
         instance = msgspec.json.decode(instance_file(run_folder).read_bytes(), type=Instance)
-        os.kill(instance.pid, 0)
+        return instance if _is_held(run_folder) else None
     except (OSError, msgspec.MsgspecError):
         return None
-    return instance
 
 
 def single_model_repository(folder: Path, model: str, name: str, parameters: dict[str, str]) -> Path:

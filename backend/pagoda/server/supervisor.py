@@ -27,7 +27,7 @@ from pathlib import Path
 from pagoda.errors import ConfigError
 from pagoda.registry import LOST_SILENCE, Registry
 from pagoda.server.processes import FrontendWorker, TritonServer
-from pagoda.server.settings import Instance, ServeSettings, instance_file, read_instance, write_instance
+from pagoda.server.settings import Instance, ServeSettings, holding, instance_file, write_instance
 from pagoda.server.triton_runtime import assemble
 from pagoda.triton_client import Triton
 
@@ -53,8 +53,10 @@ class Supervisor:
 
     async def run(self) -> None:
         """Serve until a signal. Raises ConfigError when the service cannot start."""
-        if read_instance(self.settings.run_folder):
-            raise ConfigError(f"a service already runs from {self.settings.run_folder}: `pagoda stop` ends it")
+        with holding(self.settings.run_folder):
+            await self._run()
+
+    async def _run(self) -> None:
         self.settings.logs.mkdir(parents=True, exist_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)

@@ -98,7 +98,7 @@ def _environment(libraries: Path | None) -> dict[str, str]:
     environment.pop("PYTHONPATH", None)  # the stub ignores it; its children must not differ from it
     environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{environment.get('PATH', '')}"
     paths = [str(libraries)] if libraries else []
-    if shared := _libpython_folder():
+    if libraries and (shared := _libpython_folder()):
         paths.append(shared)
     paths.append(environment.get("LD_LIBRARY_PATH", ""))
     environment["LD_LIBRARY_PATH"] = ":".join(p for p in paths if p)

@@ -1,0 +1,90 @@
+"""linear on CUDA: cuBLAS, and for a single row a matrix-vector product in the Triton language.
+
+The product of one row reads every weight once and is bound by that. A program holds 4 rows by 2048 columns of float32
+sums: 16 independent 16-byte loads a thread before the first use, and no sum across threads until the end. The weights
+are evicted first, so that what the next kernels read stays in the L2 cache.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import PackedWeight, reference
+from .reference import pack_linear
+
+__all__ = ["linear", "pack_linear"]
+
+_ROWS = 4
+_COLUMNS = 2048
+
+
+def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """See Linear."""
+    if x.shape[0] != 1 or not _suits(x, packed):
+        return reference.linear(x, packed, bias)
+    return matrix_vector(x, packed, bias)
+
+
+def _suits(x: Tensor, packed: PackedWeight) -> bool:
+    """Say whether the rows are long and aligned enough for 16-byte loads to pay."""
+    return (
+        packed.data.dtype == x.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and packed.data.is_contiguous()
+        and packed.in_features % 8 == 0
+        and packed.in_features >= 512
+    )
+
+
+def matrix_vector(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return linear(x, packed, bias) for x [1, in] and a contiguous weight."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(1, packed.out_features, dtype=x.dtype, device=x.device)
+    _matrix_vector[(triton.cdiv(packed.out_features, _ROWS),)](
+        x,
+        packed.data,
+        x if bias is None else bias,
+        out,
+        OUTPUTS=packed.out_features,
+        INPUTS=packed.in_features,
+        ROWS=_ROWS,
+        COLUMNS=min(_COLUMNS, triton.next_power_of_2(packed.in_features)),
+        BIAS=bias is not None,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _matrix_vector(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    weights = weight_ptr + row[:, None].to(tl.int64) * INPUTS + column[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, INPUTS, COLUMNS):
+        if OUTPUTS % ROWS == 0 and INPUTS % COLUMNS == 0:
+            x = tl.load(x_ptr + start + column)
+            weight = tl.load(weights + start, eviction_policy="evict_first")
+        else:
+            inside = start + column < INPUTS
+            x = tl.load(x_ptr + start + column, inside, other=0.0)
+            both = (row < OUTPUTS)[:, None] & inside[None, :]
+            weight = tl.load(weights + start, both, other=0.0, eviction_policy="evict_first")
+        total += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    out = tl.sum(total, axis=1)
+    if BIAS:
+        out += tl.load(bias_ptr + row, row < OUTPUTS, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), row < OUTPUTS)
