@@ -216,11 +216,21 @@ class Host(threading.Thread):
             if name == OWN_SESSION.encode():
                 self._own_payload(payload)
                 continue
-            session = self._sessions.get(name.decode())
-            if session is not None:
-                session.sender.send(payload, final=bool(final))
-                if final:
-                    del self._sessions[name.decode()]
+            self._deliver(name.decode(), payload, final=bool(final))
+
+    def _deliver(self, name: str, payload: bytes, *, final: bool) -> None:
+        """Hand a payload to its session; a sender that fails loses its own session only."""
+        session = self._sessions.get(name)
+        if session is None:
+            return
+        try:
+            session.sender.send(payload, final=final)
+        except Exception:
+            log.exception("a session's sender failed: the session is dropped")
+            final = True
+            self._send_down_socket(wire.encode(wire.Frame(name, "data", [wire.Close()])))
+        if final:
+            self._sessions.pop(name, None)
 
     def _own_payload(self, payload: bytes) -> None:
         for message in wire.decode_payload(payload):
@@ -239,12 +249,25 @@ class Host(threading.Thread):
 
     def _receive_text(self) -> None:
         for (raw,) in _drain(self._text_down):
-            reply = msgspec.msgpack.decode(raw, type=TextReply)
-            sender = self._texts.get(reply.id)
-            if sender is not None:
-                sender.send(reply)
-                if reply.final:
-                    del self._texts[reply.id]
+            self._reply(msgspec.msgpack.decode(raw, type=TextReply))
+
+    def _reply(self, reply: TextReply) -> None:
+        """Hand a reply to its request's sender; the last one ends the request."""
+        sender = self._texts.get(reply.id)
+        if sender is None:
+            return
+        if reply.final:
+            del self._texts[reply.id]
+        try:
+            sender.send(reply)
+        except Exception:
+            log.exception("a text request's sender failed: the request is dropped")
+            self._abort_text(reply.id)
+
+    def _abort_text(self, request_id: int) -> None:
+        self._texts.pop(request_id, None)
+        with contextlib.suppress(zmq.Again):
+            self._text_control.send(msgspec.msgpack.encode(TextAbort(request_id)), zmq.NOBLOCK)
 
     # ── the engine's life ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -306,14 +329,13 @@ class Host(threading.Thread):
     def _tell_sessions_down(self) -> None:
         """Said again at each ping while the engine is away: it is the stub's own sign of life."""
         payload = wire.encode([wire.Down(self._down_reason)])
-        for session in list(self._sessions.values()):
-            session.sender.send(payload, final=False)
+        for name in list(self._sessions):
+            self._deliver(name, payload, final=False)
 
     def _fail_texts(self, reason: str) -> None:
-        for request_id, sender in list(self._texts.items()):
-            error = EngineUnavailable(f"{reason}: try again in a moment")
-            sender.send(text_wire.failed(request_id, error))
-            del self._texts[request_id]
+        error = EngineUnavailable(f"{reason}: try again in a moment")
+        for request_id in list(self._texts):
+            self._reply(text_wire.failed(request_id, error))
 
     # ── pulses ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -340,16 +362,13 @@ class Host(threading.Thread):
                 self._drop(name, "the client's connection ended")
         for request_id, sender in list(self._texts.items()):
             if sender.is_cancelled():
-                del self._texts[request_id]
-                with contextlib.suppress(zmq.Again):
-                    self._text_control.send(msgspec.msgpack.encode(TextAbort(request_id)), zmq.NOBLOCK)
-                sender.send(text_wire.cancelled(request_id))
+                self._reply(text_wire.cancelled(request_id))
+                self._abort_text(request_id)
 
     def _drop(self, name: str, reason: str) -> None:
         """End a session on our side and in the engine."""
-        session = self._sessions.pop(name)
         self._send_down_socket(wire.encode(wire.Frame(name, "data", [wire.Close()])))
-        session.sender.send(wire.encode([wire.Closed(reason)]), final=True)
+        self._deliver(name, wire.encode([wire.Closed(reason)]), final=True)
 
     # ── sockets ───────────────────────────────────────────────────────────────────────────────────────────────────
 

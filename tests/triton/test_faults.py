@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -106,6 +107,15 @@ def test_killed_client_frees_its_requests_within_a_second(calm: Service) -> None
     wait_for(calm.is_idle, 2, "all blocks to be free")
     assert calm.is_idle()
     assert calm.metric("kv_cache_usage_perc", triton=True) == 0
+
+
+def test_a_client_that_leaves_before_its_whole_answer_frees_it(calm: Service) -> None:
+    connection = http.client.HTTPConnection(calm.url.removeprefix("http://"), timeout=10)
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 4000, "ignore_eos": True}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    wait_for(lambda: calm.metric("num_requests_running") == 1, 10, "the request to run")
+    connection.close()
+    wait_for(calm.is_idle, 1.5, "the request to end")
 
 
 def test_closing_one_connection_leaves_the_others_alone(calm: Service) -> None:

@@ -8,10 +8,13 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
+from pagoda import protocol as wire
 from service import MODEL, Service
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 PROMPT = "The capital of France is"
@@ -134,8 +137,6 @@ def _frame_error(service: Service, raw: bytes) -> str:
 
 
 def test_frames_that_are_not_ours_are_refused_and_the_stub_lives(calm: Service) -> None:
-    from pagoda import protocol as wire
-
     stubs = calm.pids("python_backend_stub")
     assert "no frame of the session protocol" in _frame_error(calm, b"\xc1 not msgpack")
     assert "no frame of the session protocol" in _frame_error(calm, b"\x91" * 100_000)
@@ -143,3 +144,38 @@ def test_frames_that_are_not_ours_are_refused_and_the_stub_lives(calm: Service) 
     assert "no such session is open" in _frame_error(calm, stranger)
     assert calm.pids("python_backend_stub") == stubs
     assert texts(infer(calm, [tensor("text_input", PROMPT, "BYTES")], temperature=0, max_tokens=8)) == [PROMPT + ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "raw"),
+    [
+        ("BYTES", [1], b"\xff\xff\xff\x7fabc"),
+        ("BYTES", [1], b""),
+        ("BYTES", [1], b"\x02\x00\x00\x00\xff\xfe"),
+        ("BYTES", [2], b"\x01\x00\x00\x00a\x01\x00\x00\x00b"),
+        ("BYTES", [2**62], b"\x01\x00\x00\x00a"),
+        ("BYTES", [-1], b"\x01\x00\x00\x00a"),
+        ("INT32", [1], b"\x01\x00\x00\x00"),
+    ],
+    ids=["length beyond the buffer", "empty", "not UTF-8", "two texts", "shape 2^62", "negative shape", "wrong type"],
+)
+def test_malformed_tensors_are_refused_and_the_stub_lives(
+    calm: Service, datatype: str, shape: list[int], raw: bytes
+) -> None:
+    stubs = calm.pids("python_backend_stub")
+    made = service_pb2.ModelInferRequest.InferInputTensor(name="text_input", datatype=datatype, shape=shape)
+    request = service_pb2.ModelInferRequest(model_name=MODEL, inputs=[made], raw_input_contents=[raw])
+    with grpc.insecure_channel(calm.instance.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        answers = stub.ModelStreamInfer(iter([request]), timeout=10)
+        assert [bool(answer.error_message) for answer in answers] == [True]
+    assert calm.pids("python_backend_stub") == stubs
+    assert calm.status("/health") == 200
+
+
+def test_shared_memory_cannot_be_registered_without_the_secret(calm: Service) -> None:
+    with grpc.insecure_channel(calm.instance.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = service_pb2.SystemSharedMemoryRegisterRequest(name="a", key="/b", byte_size=8)
+        with pytest.raises(grpc.RpcError, match="expecting header"):
+            stub.SystemSharedMemoryRegister(request, timeout=5)
