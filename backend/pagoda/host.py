@@ -31,8 +31,8 @@ log = logging.getLogger("pagoda.host")
 PING_INTERVAL = 0.5
 CANCEL_CHECK_INTERVAL = 0.25
 """Seconds between two looks at whether a sender's client has gone away (45–75 µs each)."""
-PONG_TIMEOUT = 10.0
-"""Seconds without an answer after which the engine process counts as frozen."""
+PONG_TIMEOUT = 3.0
+"""Seconds without an answer after which the engine process counts as frozen: sooner than others give the stub up."""
 MAX_BACKOFF = 30.0
 OWN_SESSION = "host"
 

@@ -173,6 +173,19 @@ def engine_of(model: str, engines: list[int]) -> int:
     raise AssertionError(f"no engine of {model} among {engines}")
 
 
+def test_frozen_engine_is_ended_and_started_again_by_the_stub(calm: Service) -> None:
+    triton, stubs = calm.pids("bin/tritonserver"), calm.pids("python_backend_stub")
+    stream = Stream(calm, 2000)
+    stream.first.wait(30)
+    os.kill(engine_of(MODEL, calm.pids("pagoda.process")), signal.SIGSTOP)
+    wait_for(lambda: calm.status("/health") == 503, 3, "/health to tell")
+    stream.ends_once(6)
+    assert "frozen" in (stream.error or "")
+    wait_for(lambda: calm.status("/health") == 200, 30, "the engine to come back")
+    assert calm.pids("bin/tritonserver") == triton
+    assert calm.pids("python_backend_stub") == stubs
+
+
 def test_text_requests_survive_a_killed_engine(calm: Service) -> None:
     """The text worker opens a new session with the new engine."""
     os.kill(engine_of(MODEL, calm.pids("pagoda.process")), signal.SIGKILL)

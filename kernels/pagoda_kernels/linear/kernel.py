@@ -7,10 +7,13 @@ are evicted first, so that what the next kernels read stays in the L2 cache.
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import PackedWeight, reference
 from .reference import pack_linear
@@ -39,23 +42,35 @@ def _suits(x: Tensor, packed: PackedWeight) -> bool:
     )
 
 
-def matrix_vector(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """Return linear(x, packed, bias) for x [1, in] and a contiguous weight."""
+def matrix_vector(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, tile: tuple[int, int, int] = (_ROWS, _COLUMNS, 4)
+) -> Tensor:
+    """Return linear(x, packed, bias) for x [1, in] and a contiguous weight. tile: rows, columns and warps."""
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(1, packed.out_features, dtype=x.dtype, device=x.device)
-    _matrix_vector[(triton.cdiv(packed.out_features, _ROWS),)](
+    rows, columns, warps = tile
+    early = _launches_early(x.device)
+    _matrix_vector[(triton.cdiv(packed.out_features, rows),)](
         x,
         packed.data,
         x if bias is None else bias,
         out,
         OUTPUTS=packed.out_features,
         INPUTS=packed.in_features,
-        ROWS=_ROWS,
-        COLUMNS=min(_COLUMNS, triton.next_power_of_2(packed.in_features)),
+        ROWS=rows,
+        COLUMNS=min(columns, triton.next_power_of_2(packed.in_features)),
         BIAS=bias is not None,
-        num_warps=4,
+        EARLY=early,
+        num_warps=warps,
+        **({"launch_pdl": True} if early else {}),
     )
     return out
+
+
+@lru_cache
+def _launches_early(device: torch.device) -> bool:
+    """Say whether the device can start a kernel before the one ahead of it has ended (from Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
@@ -69,20 +84,26 @@ def _matrix_vector(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     weights = weight_ptr + row[:, None].to(tl.int64) * INPUTS + column[None, :]
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, INPUTS, COLUMNS):
-        if OUTPUTS % ROWS == 0 and INPUTS % COLUMNS == 0:
-            x = tl.load(x_ptr + start + column)
-            weight = tl.load(weights + start, eviction_policy="evict_first")
-        else:
-            inside = start + column < INPUTS
-            x = tl.load(x_ptr + start + column, inside, other=0.0)
-            both = (row < OUTPUTS)[:, None] & inside[None, :]
-            weight = tl.load(weights + start, both, other=0.0, eviction_policy="evict_first")
+    inside = (row < OUTPUTS)[:, None] & (column < INPUTS)[None, :]
+    if EARLY:
+        # The next kernel may move in where this one leaves room. This one reads its weights, which nobody writes,
+        # while the kernel ahead is still running, and only then waits for it: x may be that kernel's result.
+        gdc_launch_dependents()
+        weight = tl.load(weights, inside, other=0.0, eviction_policy="evict_first")
+        gdc_wait()
+    else:
+        weight = tl.load(weights, inside, other=0.0, eviction_policy="evict_first")
+    x = tl.load(x_ptr + column, column < INPUTS, other=0.0)
+    total = weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    for start in range(COLUMNS, INPUTS, COLUMNS):
+        x = tl.load(x_ptr + start + column, start + column < INPUTS, other=0.0)
+        inside = (row < OUTPUTS)[:, None] & (start + column < INPUTS)[None, :]
+        weight = tl.load(weights + start, inside, other=0.0, eviction_policy="evict_first")
         total += weight.to(tl.float32) * x.to(tl.float32)[None, :]
     out = tl.sum(total, axis=1)
     if BIAS:

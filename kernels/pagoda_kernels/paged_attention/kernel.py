@@ -5,7 +5,7 @@ table, with a running maximum and sum (Milakov & Gimelshein 2018, arXiv:1805.028
 query heads of one KV head are rows of the same block, so that a key is read once for all of them.
 
 **Decode** (flash decoding): bound by reading the cache. A program takes one KV head of one request and a part of its
-positions; where a request has several parts, a second kernel combines them.
+positions; where a request has several parts, the program that finishes last combines them.
 
 **Prefill**: bound by arithmetic. A program takes one KV head and as many query tokens of one request as fit its rows.
 Programs find their request by bisecting query_starts, and the longest start first.
@@ -28,15 +28,14 @@ from .batch import AttentionBatch
 _LOG2E = 1.4426950408889634
 
 # Decode programs that fill the chip: a few for each of the 132 multiprocessors of an H100 or H200. With fewer, requests
-# are cut into parts, the shortest of _SPLIT_TOKENS; with more, still into up to _EVEN_SPLITS parts, longer ones: no
-# long request shall be left running alone at the end.
-_PROGRAMS = 1056
+# are cut into parts, the shortest of _SPLIT_TOKENS; with more, only what is so long that it might end alone.
+_PROGRAMS = 528
 _SPLIT_TOKENS = 128
-_LONG_SPLIT_TOKENS = 512
-_EVEN_SPLITS = 4
-_MAX_SPLITS = 128
-# Partial results that the combining kernel reads at a time.
-_COMBINED = 32
+_LONG_SPLIT_TOKENS = 2048
+_LONG_SPLITS = 8
+_MAX_SPLITS = 64
+# Elements of partial results that are combined at a time: 64 a thread.
+_COMBINED_ELEMENTS = 8192
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Tiles:
 
 
 def decode_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
-    """A tile of keys is 16 KiB; the matrix units want 16 rows at least."""
-    positions = max(16, min(128, 16384 // (head_padded * itemsize)))
+    """A tile of keys is 32 KiB; the matrix units want 16 rows at least."""
+    positions = max(16, min(128, 32768 // (head_padded * itemsize)))
     return Tiles(max(16, triton.next_power_of_2(group)), positions, 4, 3)
 
 
@@ -59,7 +58,9 @@ def prefill_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
     """16-bit operands: 128 rows, for a warpgroup's instruction on each half. float32 has no matrix units: small."""
     if itemsize == 4:
         return Tiles(max(32, triton.next_power_of_2(group)), 32, 4, 1)
-    return Tiles(max(128, triton.next_power_of_2(group)), 64 if head_padded <= 128 else 32, 8, 3)
+    return Tiles(
+        max(128, triton.next_power_of_2(group)), 64 if head_padded <= 128 else 32, 4 if head_padded <= 128 else 8, 3
+    )
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ class Splits:
 def plan_splits(num_requests: int, num_kv_heads: int, max_context: int) -> Splits:
     """Choose from what the host knows; max_context may be an upper bound."""
     programs = num_requests * num_kv_heads
-    tokens = _SPLIT_TOKENS if programs < _PROGRAMS else _LONG_SPLIT_TOKENS
-    wanted = max(triton.cdiv(_PROGRAMS, programs), _EVEN_SPLITS)
-    return Splits(min(triton.cdiv(max_context, tokens), wanted, _MAX_SPLITS), tokens)
+    if programs < _PROGRAMS:
+        wanted, tokens = min(triton.cdiv(_PROGRAMS, programs), _MAX_SPLITS), _SPLIT_TOKENS
+    else:
+        wanted, tokens = _LONG_SPLITS, _LONG_SPLIT_TOKENS
+    return Splits(min(triton.cdiv(max_context, tokens), wanted), tokens)
 
 
 def paged_attention(
@@ -87,7 +90,9 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """See PagedAttention."""
+    """See PagedAttention. Raises ValueError for a scale that is not positive."""
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, not {scale}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.num_decodes > 0:
         _launch_decode(out, q, k_cache, v_cache, batch, scale, sliding_window, softcap)
@@ -98,6 +103,11 @@ def paged_attention(
 
 def _longest_decode(batch: AttentionBatch) -> int:
     return max(batch.context_lens_host[: batch.num_decodes])
+
+
+def _arrivals(batch: AttentionBatch, num_kv_heads: int) -> Tensor:
+    """Count the parts of each request and KV head that are done; zero again when the last one is."""
+    return torch.zeros(batch.num_decodes * num_kv_heads, dtype=torch.int32, device=batch.context_lens.device)
 
 
 def _launch_decode(
@@ -117,6 +127,7 @@ def _launch_decode(
     num_decodes, num_heads = batch.num_decodes, q.shape[1]
     head_padded = max(16, triton.next_power_of_2(head_size))
     group = num_heads // num_kv_heads
+    group_padded = triton.next_power_of_2(group)
     tiles = tiles or decode_tiles(group, head_padded, q.element_size())
     longest = batch.prepare(_longest_decode)
     splits = splits or plan_splits(num_decodes, num_kv_heads, longest if window is None else min(longest, window))
@@ -133,6 +144,7 @@ def _launch_decode(
         out,
         parts,
         sums,
+        batch.prepare(_arrivals, num_kv_heads) if split else batch.context_lens,
         batch.block_tables,
         batch.context_lens,
         q.stride(0),
@@ -144,6 +156,8 @@ def _launch_decode(
         most,
         tiles_each,
         GROUP=group,
+        GROUP_PADDED=group_padded,
+        COMBINED=max(2, _COMBINED_ELEMENTS // (group_padded * head_padded)),
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
@@ -156,23 +170,6 @@ def _launch_decode(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    if split:
-        _combine[(num_heads, num_decodes)](
-            parts,
-            sums,
-            out,
-            batch.context_lens,
-            window or 0,
-            most,
-            tiles_each,
-            NUM_HEADS=num_heads,
-            HEAD_SIZE=head_size,
-            HEAD_PADDED=head_padded,
-            POSITIONS=tiles.positions,
-            COMBINED=_COMBINED,
-            WINDOW=window is not None,
-            num_warps=4,
-        )
 
 
 def _launch_prefill(
@@ -295,10 +292,11 @@ def _attend(
     else:
         k = tl.load(k_ptr + offset)
         v = tl.load(v_ptr + offset)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
-        # softcap * tanh(x), where scores = x * softcap, all times log2(e).
-        scores = softcap - 2 * softcap / (1 + tl.exp(2 * (scores / softcap)))
+        # softcap * tanh(x), where both factors of x and the result are in base 2.
+        scores = softcap - 2 * softcap / (1 + tl.exp(2 * (scores * scale / softcap)))
+        scale = 1.0
     if CAUSAL:
         visible = position[None, :] <= own[:, None]
         if WINDOW:
@@ -306,14 +304,59 @@ def _attend(
         scores = tl.where(visible, scores, float("-inf"))
     elif CHECK:
         scores = tl.where(live[None, :], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    # A row that has seen nothing yet has no maximum to subtract.
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(scores - base[:, None])
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    base = new_peak
+    if WINDOW:
+        # A row that has seen nothing yet has no maximum to subtract.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores * scale - base[:, None])
     shrink = tl.exp2(peak - base)
     weight_sum = weight_sum * shrink + tl.sum(weights, 1)
     total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
     return total, new_peak, weight_sum
+
+
+@triton.jit
+def _combine(
+    parts_ptr,
+    sums_ptr,
+    out_ptr,
+    first_row,
+    used,
+    splits,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    COMBINED: tl.constexpr,
+):
+    """Add the parts of a request's heads from first_row on, each weighted by its share of the softmax's sum.
+
+    They were written by other multiprocessors: read past the first-level cache.
+    """
+    row, dimension = tl.arange(0, GROUP_PADDED), tl.arange(0, HEAD_PADDED)
+    total = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
+    peak = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((GROUP_PADDED,), tl.float32)
+    for start in range(0, used, COMBINED):
+        split = start + tl.arange(0, COMBINED)
+        part = (first_row + row)[None, :] * splits + split[:, None]
+        inside = (split < used)[:, None] & (row < GROUP)[None, :]
+        sums = tl.load(sums_ptr + part, inside, other=float("-inf"), cache_modifier=".cg")
+        elements = part[:, :, None] * HEAD_SIZE + dimension[None, None, :]
+        inside = inside[:, :, None] & (dimension < HEAD_SIZE)[None, None, :]
+        parts = tl.load(parts_ptr + elements, inside, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, tl.max(sums, 0))
+        base = tl.where(row < GROUP, new_peak, 0.0)
+        weights = tl.exp2(sums - base[None, :])
+        shrink = tl.exp2(peak - base)
+        total = total * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        weight_sum = weight_sum * shrink + tl.sum(weights, 0)
+        peak = new_peak
+    out = total / weight_sum[:, None]
+    offset = (first_row + row)[:, None] * HEAD_SIZE + dimension[None, :]
+    inside = (row < GROUP)[:, None] & (dimension < HEAD_SIZE)[None, :]
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["table_stride", "scale", "softcap", "window", "splits", "tiles_each"])
@@ -324,6 +367,7 @@ def _decode(
     out_ptr,
     parts_ptr,
     sums_ptr,
+    arrivals_ptr,
     tables_ptr,
     contexts_ptr,
     q_token,
@@ -335,6 +379,8 @@ def _decode(
     splits,
     tiles_each,
     GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    COMBINED: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -376,53 +422,19 @@ def _decode(
             part = out_row * splits + split
             tl.store(parts_ptr + part[:, None] * HEAD_SIZE + dimension[None, :], out, real)
             tl.store(sums_ptr + part, peak + tl.log2(weight_sum), row < GROUP)
+            # The last program to arrive finds all parts in memory.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr + request * NUM_KV_HEADS + head, 1, sem="acq_rel")
+            used = tl.cdiv(count, each)
+            if arrived == used - 1:
+                tl.store(arrivals_ptr + request * NUM_KV_HEADS + head, 0)
+                _combine(
+                    parts_ptr, sums_ptr, out_ptr, request * (NUM_KV_HEADS * GROUP) + head * GROUP, used, splits,
+                    GROUP, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED, COMBINED,
+                )  # fmt: skip
             return
     out_offset = out_row[:, None] * HEAD_SIZE + dimension[None, :]
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), real)
-
-
-@triton.jit(do_not_specialize=["window", "splits", "tiles_each"])
-def _combine(
-    parts_ptr,
-    sums_ptr,
-    out_ptr,
-    contexts_ptr,
-    window,
-    splits,
-    tiles_each,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    COMBINED: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Add the parts of a request, each weighted by its share of the softmax's sum."""
-    query_head, request = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    context = tl.load(contexts_ptr + request)
-    _, count = _first_tile_and_count(context, window, POSITIONS, WINDOW)
-    each = _tiles_of_a_part(count, splits, tiles_each)
-    if each >= count:
-        return  # a single part, which is in its place already
-    used = tl.cdiv(count, each)
-    dimension = tl.arange(0, HEAD_PADDED)
-    out_row = request * NUM_HEADS + query_head
-    total = tl.zeros((HEAD_PADDED,), tl.float32)
-    peak, weight_sum = float("-inf"), 0.0
-    for start in range(0, used, COMBINED):
-        split = start + tl.arange(0, COMBINED)
-        part = out_row * splits + split
-        sums = tl.load(sums_ptr + part, split < used, other=float("-inf"))
-        inside = (split < used)[:, None] & (dimension < HEAD_SIZE)[None, :]
-        parts = tl.load(parts_ptr + part[:, None] * HEAD_SIZE + dimension[None, :], inside, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(sums, 0))
-        weights = tl.exp2(sums - new_peak)
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(parts * weights[:, None], 0)
-        weight_sum = weight_sum * shrink + tl.sum(weights, 0)
-        peak = new_peak
-    out = total / weight_sum
-    tl.store(out_ptr + out_row * HEAD_SIZE + dimension, out.to(out_ptr.dtype.element_ty), dimension < HEAD_SIZE)
 
 
 @triton.jit(

@@ -84,6 +84,7 @@ def _rms_norm(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < SIZE)
+    weight = tl.load(weight_ptr + column, column < SIZE, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + (row // inner) * x_outer + (row % inner) * x_inner + column, inside, other=0.0).to(tl.float32)
     if ADD:
         residual = residual_ptr + row * residual_stride + column
@@ -91,6 +92,5 @@ def _rms_norm(
         tl.store(residual, total, inside)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
-    weight = tl.load(weight_ptr + column, column < SIZE, other=0.0).to(tl.float32)
     out = x * scale[:, None] * weight
     tl.store(out_ptr + row * SIZE + column, out.to(out_ptr.dtype.element_ty), inside)

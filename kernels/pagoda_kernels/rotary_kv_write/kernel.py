@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Heads of a program. 8 heads of 128 are 1024 elements: 8 a thread with 4 warps, in two 8-byte or one 16-byte load.
+# Heads of a program. 8 heads of 128 are 512 pairs: with 2 warps, 8 pairs a thread in two 16-byte loads.
 _HEADS = 8
+_WARPS = 2
 
 
 def rotary_kv_write(
@@ -60,7 +61,7 @@ def rotary_kv_write(
         PROGRAMS=programs,
         QUERY_PROGRAMS=query_programs,
         HEADS=_HEADS,
-        num_warps=2,
+        num_warps=_WARPS,
     )
 
 
@@ -94,18 +95,20 @@ def _rotary_kv_write(
     QUERY_PROGRAMS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    # All loads that depend on nothing come first: the rows of cos and sin wait for the position.
     program = tl.program_id(0) % PROGRAMS
     token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     pair = tl.arange(0, HALF_PADDED)[None, :]
     position = tl.load(positions_ptr + token)
-    cos = tl.load(cos_ptr + position * cos_stride + pair, pair < HALF, other=0.0)
-    sin = tl.load(sin_ptr + position * sin_stride + pair, pair < HALF, other=0.0)
+    cos_row = cos_ptr + position * cos_stride + pair
+    sin_row = sin_ptr + position * sin_stride + pair
     if program < QUERY_PROGRAMS:
         head = program * HEADS + tl.arange(0, HEADS)[:, None]
         inside = (head < NUM_HEADS) & (pair < HALF)
         first_ptr = q_ptr + token * q_token + head * q_head + pair
         first = tl.load(first_ptr, inside, other=0.0).to(tl.float32)
         second = tl.load(first_ptr + HALF, inside, other=0.0).to(tl.float32)
+        cos, sin = tl.load(cos_row, pair < HALF, other=0.0), tl.load(sin_row, pair < HALF, other=0.0)
         tl.store(first_ptr, (first * cos - second * sin).to(q_ptr.dtype.element_ty), inside)
         tl.store(first_ptr + HALF, (second * cos + first * sin).to(q_ptr.dtype.element_ty), inside)
     else:
@@ -114,12 +117,16 @@ def _rotary_kv_write(
         first_ptr = k_ptr + token * k_token + head * k_head + pair
         first = tl.load(first_ptr, inside, other=0.0).to(tl.float32)
         second = tl.load(first_ptr + HALF, inside, other=0.0).to(tl.float32)
+        slot = tl.load(slots_ptr + token)
+        dimension = tl.arange(0, HEAD_PADDED)[None, :]
+        value_inside = (head < NUM_KV_HEADS) & (dimension < HEAD_SIZE)
+        value = tl.load(v_ptr + token * v_token + head * v_head + dimension, value_inside, other=0.0)
+        cos, sin = tl.load(cos_row, pair < HALF, other=0.0), tl.load(sin_row, pair < HALF, other=0.0)
         rotated_first = (first * cos - second * sin).to(k_ptr.dtype.element_ty)
         rotated_second = (second * cos + first * sin).to(k_ptr.dtype.element_ty)
         tl.store(first_ptr, rotated_first, inside)
         tl.store(first_ptr + HALF, rotated_second, inside)
 
-        slot = tl.load(slots_ptr + token)
         cached = slot * (NUM_KV_HEADS * HEAD_SIZE) + head * HEAD_SIZE  # negative for slot -1
         written = inside & (cached >= 0)
         tl.store(k_cache_ptr + cached + pair, rotated_first, written)
@@ -129,7 +136,4 @@ def _rotary_kv_write(
             written = (head < NUM_KV_HEADS) & (rest < HEAD_SIZE) & (cached >= 0)
             tail = tl.load(k_ptr + token * k_token + head * k_head + rest, written, other=0.0)
             tl.store(k_cache_ptr + cached + rest, tail, written)
-        dimension = tl.arange(0, HEAD_PADDED)[None, :]
-        written = (head < NUM_KV_HEADS) & (dimension < HEAD_SIZE) & (cached >= 0)
-        value = tl.load(v_ptr + token * v_token + head * v_head + dimension, written, other=0.0)
-        tl.store(v_cache_ptr + cached + dimension, value, written)
+        tl.store(v_cache_ptr + cached + dimension, value, value_inside & (cached >= 0))

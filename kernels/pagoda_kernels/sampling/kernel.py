@@ -54,7 +54,7 @@ def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
     tile_max, tile_sum = scratch(requests, num_tiles), scratch(requests, num_tiles)
     tile_id = scratch(requests, num_tiles, dtype=torch.int32)
     group_max = scratch(requests, num_groups) if filtered else tile_max
-    _tiles[(num_tiles, requests)](
+    _tiles[(num_tiles * requests,)](
         logits,
         params.temperature,
         tile_max,
@@ -188,7 +188,7 @@ def _tiles(
     GREEDY: tl.constexpr,
     FILTERED: tl.constexpr,
 ):
-    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, row = tl.program_id(0) % NUM_TILES, (tl.program_id(0) // NUM_TILES).to(tl.int64)
     group = tile * GROUPS + tl.arange(0, GROUPS)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf"))
@@ -423,6 +423,9 @@ def _search(
             sums += tl.where(_key(x) >= threshold, _weights(x, largest, temperature), 0.0).to(tl.float64)
         mass = tl.sum(sums, 0)
     if top_p < 1:
+        # Tokens lighter than this have less than 1 - top_p of the mass even if they are all but one: none is kept.
+        lightest = (1 - top_p) * mass.to(tl.float32) / (2 * VOCABULARY)
+        threshold = tl.minimum(tl.maximum(threshold, _key(largest + temperature * tl.log(lightest))), highest)
         threshold = _search_key(
             row_ptr, top_p.to(tl.float64) * mass, threshold, highest, largest, temperature, VOCABULARY, TILE, WAYS,
             False,
