@@ -2,13 +2,13 @@
 
 import logging
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
 
 from .linear import Linear, PackLinear
 from .linear import cpu as linear_cpu
-from .linear import reference as linear_reference
 from .paged_attention import PagedAttention
 from .paged_attention import cpu as paged_attention_cpu
 from .rms_norm import AddRmsNorm, RmsNorm
@@ -73,17 +73,26 @@ def _cpu_ops() -> Ops:
 
 
 def _cuda_ops() -> Ops:
-    """The matrix products are cuBLAS's; everything else waits for its <op>/kernel.py."""
+    """Kernels in the Triton language, which is imported here and not before: a CPU does without it."""
     return Ops(
-        rms_norm=_Missing("rms_norm", "rms_norm"),
-        add_rms_norm=_Missing("add_rms_norm", "rms_norm"),
-        rotary_kv_write=_Missing("rotary_kv_write", "rotary_kv_write"),
-        silu_mul=_Missing("silu_mul", "silu_mul"),
-        paged_attention=_Missing("paged_attention", "paged_attention"),
-        pack_linear=linear_reference.pack_linear,
-        linear=linear_reference.linear,
-        sample=_Missing("sample", "sampling"),
+        rms_norm=_kernel("rms_norm", "rms_norm"),
+        add_rms_norm=_kernel("add_rms_norm", "rms_norm"),
+        rotary_kv_write=_kernel("rotary_kv_write", "rotary_kv_write"),
+        silu_mul=_kernel("silu_mul", "silu_mul"),
+        paged_attention=_kernel("paged_attention", "paged_attention"),
+        pack_linear=_kernel("pack_linear", "linear"),
+        linear=_kernel("linear", "linear"),
+        sample=_kernel("sample", "sampling"),
     )
+
+
+def _kernel(op: str, folder: str) -> Any:
+    """Return the function `op` of <folder>/kernel.py, or what says why there is none."""
+    try:
+        module = import_module(f".{folder}.kernel", __package__)
+    except ModuleNotFoundError as error:
+        return _Missing(op, folder, str(error))
+    return getattr(module, op)
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,9 @@ class _Missing:
 
     op: str
     folder: str
+    why: str
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise MissingKernel(
-            f"{self.op} has no CUDA kernel yet (pagoda_kernels/{self.folder}/kernel.py): run on device 'cpu'"
+            f"{self.op} has no CUDA kernel (pagoda_kernels/{self.folder}/kernel.py: {self.why}): run on device 'cpu'"
         )

@@ -17,10 +17,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/gpu/" not in item.path.as_posix():
             continue
-        if INTERPRETED and item.get_closest_marker("native"):
+        if INTERPRETED and (item.get_closest_marker("native") or _takes_long(item)):
             item.add_marker(pytest.mark.skip(reason="too large for the interpreter, or wrong there"))
         elif not INTERPRETED and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1"))
+
+
+def _takes_long(item: pytest.Item) -> bool:
+    """Say so for large cases of float16, which in the interpreter adds little to float32: small ones are enough."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    large = ("prefill", "decode_batch", "per_head", "one_row", "separate_tensors", "mqa_block_8")
+    return parameters.get("dtype") == torch.float16 and getattr(parameters.get("case"), "name", "") in large
 
 
 def pytest_configure(config: pytest.Config) -> None:

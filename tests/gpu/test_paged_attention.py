@@ -9,6 +9,9 @@ from pagoda_kernels.paged_attention.cases import CASES, Case, Inputs, make_batch
 from pagoda_kernels.testing import PoisonedEmpty, compare
 
 Bounds = tuple[float, float]
+# Left out in the interpreter; and what it takes of float16, whose tiles and dot products are others than float32's.
+SLOW = ("more_decodes_than_a_group", "mixed_many_kv_heads", "mixed_window_beyond", "mixed_block_8")
+FLOAT16 = ("mixed", "mixed_head_80", "mixed_head_128", "mixed_softcap", "mixed_window_20", "split", "split_window")
 MIXED = next(case for case in CASES if case.name == "mixed")
 SIZES = (
     replace(MIXED, name="mixed_head_96", num_heads=6, num_kv_heads=2, head_size=96),
@@ -41,12 +44,17 @@ def wide(i: Inputs) -> Inputs:
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES, *SIZES, *(pytest.param(case, marks=pytest.mark.native) for case in LARGE)],
+    [
+        *(pytest.param(case, marks=pytest.mark.native) if case.name in SLOW else case for case in (*CASES, *SIZES)),
+        *(pytest.param(case, marks=pytest.mark.native) for case in LARGE),
+    ],
     ids=lambda case: case.name,
 )
 def test_paged_attention_agrees_with_the_reference(case: Case, dtype: torch.dtype, bounds: Bounds, device: str) -> None:
     from pagoda_kernels.paged_attention import kernel
 
+    if device == "cpu" and dtype == torch.float16 and case.name not in FLOAT16:
+        pytest.skip("float32 is enough in the interpreter")
     inputs = case.make(dtype, device)
     expected = run(reference.paged_attention, wide(inputs), case)
     with PoisonedEmpty():

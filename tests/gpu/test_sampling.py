@@ -13,6 +13,8 @@ SMALL = (
     Case("two_tiles", (Row(), _ALL, Row(top_p=0.8), Row(0.0)), requests=4, vocabulary=8192 + 100),
     Case("beyond_the_candidates", (Row(2.0, top_p=0.9), Row(top_k=2000), Row(min_p=0.05)), 3, 9000, 0.5),
 )
+# Left out in the interpreter, where beyond_the_candidates searches the whole row too.
+SLOW = ("top_p_flat", "top_k_then_top_p_flat", "mixed_large_vocabulary", "top_k_beyond_vocabulary")
 LARGE = (
     Case("llama", (_ALL,), 256, 128256),
     Case("llama_mixed", (Row(0.0), Row(), _ALL, Row(top_p=0.9), Row(top_k=50), Row(min_p=0.1)), 256, 128256),
@@ -20,12 +22,14 @@ LARGE = (
     Case("llama_one", (_ALL,), 1, 128256),
     Case("gemma", (Row(), _ALL, Row(top_p=0.9)), 9, 262144),
 )
-FEW = 60
 
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES, *SMALL, *(pytest.param(case, marks=pytest.mark.native) for case in LARGE)],
+    [
+        *(pytest.param(case, marks=pytest.mark.native) if case.name in SLOW else case for case in (*CASES, *SMALL)),
+        *(pytest.param(case, marks=pytest.mark.native) for case in LARGE),
+    ],
     ids=lambda case: case.name,
 )
 def test_sample_agrees_with_the_reference(case: Case, device: str) -> None:
@@ -77,7 +81,7 @@ def test_the_kept_set_is_the_references(device: str) -> None:
     from pagoda_kernels.sampling import kernel
 
     probabilities = torch.tensor([0.15, 0.40, 0.03, 0.25, 0.02, 0.15], dtype=torch.float64)
-    draws = 4 if device == "cpu" else 500
+    draws = 2 if device == "cpu" else 500
     rows = [dataclasses.replace(row, seed=7, position=i) for row in KEPT for i in range(draws)]
     params = make_params(rows, device)
     logits = probabilities.log().float().repeat(len(rows), 1).to(device)
@@ -97,6 +101,17 @@ def test_more_equal_logits_than_candidates_are_all_kept(device: str) -> None:
     assert kernel.sample(logits, params).tolist() == reference.sample(logits, params).tolist()
 
 
+def test_logits_with_many_equals(device: str) -> None:
+    """Those of a 16-bit model are: every group maximum has its like."""
+    from pagoda_kernels.sampling import kernel
+
+    rows = [_ALL, Row(top_p=0.5), Row(top_k=20), Row(min_p=0.3), Row(1.2, top_p=0.9)]
+    logits, _ = Case("any", (Row(),), requests=len(rows), vocabulary=9000).make(device)
+    logits = logits.bfloat16().float()
+    params = make_params([dataclasses.replace(row, seed=i) for i, row in enumerate(rows)], device)
+    assert kernel.sample(logits, params).tolist() == reference.sample(logits, params).tolist()
+
+
 def test_a_token_does_not_depend_on_the_batch(device: str) -> None:
     from pagoda_kernels.sampling import kernel
 
@@ -112,7 +127,7 @@ def test_a_token_does_not_depend_on_the_batch(device: str) -> None:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf"), float("inf")], ids=str)
 @pytest.mark.parametrize("row", [Row(0.0), Row(), _ALL], ids=["greedy", "plain", "filtered"])
-@pytest.mark.parametrize("vocabulary", [50, 9000])
+@pytest.mark.parametrize("vocabulary", [50, pytest.param(9000, marks=pytest.mark.native)])
 def test_broken_rows_give_some_token_and_leave_the_others_alone(
     vocabulary: int, row: Row, poison: float, device: str
 ) -> None:

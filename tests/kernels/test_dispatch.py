@@ -1,6 +1,7 @@
 """for_device: the choice, its log, and what is missing."""
 
 import logging
+import sys
 from dataclasses import fields
 
 import pytest
@@ -18,11 +19,21 @@ def test_every_op_of_the_cpu_is_chosen_and_logged(caplog: pytest.LogCaptureFixtu
     assert "silu_mul on cpu: pagoda_kernels.silu_mul.reference" in caplog.text
 
 
-def test_a_missing_kernel_says_which(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_op_of_cuda_has_a_kernel(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         ops = for_device(torch.device("cuda"))
-    assert "silu_mul on cuda: missing" in caplog.text
-    with pytest.raises(MissingKernel, match=r"add_rms_norm has no CUDA kernel yet \(pagoda_kernels/rms_norm/kernel"):
+    assert [record.levelname for record in caplog.records] == ["INFO"] * len(fields(Ops))
+    assert "sample on cuda: pagoda_kernels.sampling.kernel" in caplog.text
+    assert ops.linear.__module__ == "pagoda_kernels.linear.kernel"
+
+
+def test_a_missing_kernel_says_which_and_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pagoda_kernels.rms_norm.kernel", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with caplog.at_level(logging.INFO):
+        ops = for_device(torch.device("cuda"))
+    assert "add_rms_norm on cuda: missing" in caplog.text
+    with pytest.raises(MissingKernel, match=r"add_rms_norm has no CUDA kernel \(pagoda_kernels/rms_norm/.*triton"):
         ops.add_rms_norm(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2), 1e-5)
 
 

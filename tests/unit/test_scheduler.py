@@ -314,14 +314,15 @@ def test_state_machine() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=repr)
 def test_the_state_machine_sees(fault: Fault) -> None:
-    """A check that lets a planted fault pass proves nothing."""
+    """A check that lets a planted fault pass proves nothing. It ends at the first example that shows the fault; what is
+    drawn varies with the modules imported beside this one, so the rare one gets many."""
 
     class Faulty(MemoryMachine):
         pool_class = fault.pool
         scheduler_class = fault.scheduler
 
     with fault.patch(), pytest.raises((AssertionError, IndexError, ValueError, KeyError)):
-        run_state_machine_as_test(Faulty, settings=settings(MACHINE, phases=[Phase.generate], max_examples=400))
+        run_state_machine_as_test(Faulty, settings=settings(MACHINE, phases=[Phase.generate], max_examples=4000))
 
 
 def test_aborted_waiting_requests_are_forgotten() -> None:

@@ -1,13 +1,14 @@
 """linear on CUDA: cuBLAS, and for a single row a matrix-vector product in the Triton language.
 
-The product of one row reads every weight once and is bound by that. A program holds 4 rows by 2048 columns of float32
-sums: 16 independent 16-byte loads a thread before the first use, and no sum across threads until the end. The weights
-are evicted first, so that what the next kernels read stays in the L2 cache.
+The product of one row reads every weight once and is bound by that. A program takes one row of the weight, 2048 columns
+at a time, and adds across its threads only at the end. The weights are evicted first, so that what the next kernels
+read stays in the L2 cache. From Hopper on, a product starts to read its weights while the kernel ahead is still ending.
+
+The whole of Llama-3.1-8B in one CUDA graph on an H200: 96 % of the read bandwidth with one row a program, 95 % with
+four; without the early launch 85 %.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
-from functools import lru_cache
 
 import torch
 import triton
@@ -15,13 +16,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..early_launch import launches_early
 from . import PackedWeight, reference
 from .reference import pack_linear
 
 __all__ = ["linear", "pack_linear"]
 
-_ROWS = 4
+_ROWS = 1
 _COLUMNS = 2048
+_WARPS = 4
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -43,13 +46,13 @@ def _suits(x: Tensor, packed: PackedWeight) -> bool:
 
 
 def matrix_vector(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, tile: tuple[int, int, int] = (_ROWS, _COLUMNS, 4)
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, tile: tuple[int, int, int] = (_ROWS, _COLUMNS, _WARPS)
 ) -> Tensor:
     """Return linear(x, packed, bias) for x [1, in] and a contiguous weight. tile: rows, columns and warps."""
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(1, packed.out_features, dtype=x.dtype, device=x.device)
     rows, columns, warps = tile
-    early = _launches_early(x.device)
+    early = launches_early(x.device)
     _matrix_vector[(triton.cdiv(packed.out_features, rows),)](
         x,
         packed.data,
@@ -65,12 +68,6 @@ def matrix_vector(
         **({"launch_pdl": True} if early else {}),
     )
     return out
-
-
-@lru_cache
-def _launches_early(device: torch.device) -> bool:
-    """Say whether the device can start a kernel before the one ahead of it has ended (from Hopper on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

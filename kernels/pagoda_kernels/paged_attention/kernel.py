@@ -5,7 +5,7 @@ table, with a running maximum and sum (Milakov & Gimelshein 2018, arXiv:1805.028
 query heads of one KV head are rows of the same block, so that a key is read once for all of them.
 
 **Decode** (flash decoding): bound by reading the cache. A program takes one KV head of one request and a part of its
-positions; where a request has several parts, the program that finishes last combines them.
+positions; where a request has several parts, a second kernel combines them.
 
 **Prefill**: bound by arithmetic. A program takes one KV head and as many query tokens of one request as fit its rows.
 Programs find their request by bisecting query_starts, and the longest start first.
@@ -22,20 +22,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..early_launch import launches_early
 from .batch import AttentionBatch
 
 _LOG2E = 1.4426950408889634
 
 # Decode programs that fill the chip: a few for each of the 132 multiprocessors of an H100 or H200. With fewer, requests
 # are cut into parts, the shortest of _SPLIT_TOKENS; with more, only what is so long that it might end alone.
-_PROGRAMS = 528
+_PROGRAMS = 512
 _SPLIT_TOKENS = 128
 _LONG_SPLIT_TOKENS = 2048
 _LONG_SPLITS = 8
 _MAX_SPLITS = 64
-# Elements of partial results that are combined at a time: 64 a thread.
-_COMBINED_ELEMENTS = 8192
+# Partial results that are combined at a time.
+_COMBINED = 32
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,14 @@ class Tiles:
     stages: int
 
 
-def decode_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
-    """A tile of keys is 32 KiB; the matrix units want 16 rows at least."""
-    positions = max(16, min(128, 32768 // (head_padded * itemsize)))
-    return Tiles(max(16, triton.next_power_of_2(group)), positions, 4, 3)
+def decode_tiles(group: int, head_padded: int, itemsize: int, programs: int) -> Tiles:
+    """The matrix units want 16 rows at least. A tile of keys is 16 KiB, for programs of any length.
+
+    Where there are so many that a program a multiprocessor at a time is enough, 32 KiB take 2 % less time on an H200.
+    """
+    size, warps, stages = (16384, 2, 3) if programs < 1024 else (32768, 4, 2)
+    positions = max(16, min(128, size // (head_padded * itemsize)))
+    return Tiles(max(16, triton.next_power_of_2(group)), positions, warps, stages)
 
 
 def prefill_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
@@ -105,11 +111,6 @@ def _longest_decode(batch: AttentionBatch) -> int:
     return max(batch.context_lens_host[: batch.num_decodes])
 
 
-def _arrivals(batch: AttentionBatch, num_kv_heads: int) -> Tensor:
-    """Count the parts of each request and KV head that are done; zero again when the last one is."""
-    return torch.zeros(batch.num_decodes * num_kv_heads, dtype=torch.int32, device=batch.context_lens.device)
-
-
 def _launch_decode(
     out: Tensor,
     q: Tensor,
@@ -127,11 +128,10 @@ def _launch_decode(
     num_decodes, num_heads = batch.num_decodes, q.shape[1]
     head_padded = max(16, triton.next_power_of_2(head_size))
     group = num_heads // num_kv_heads
-    group_padded = triton.next_power_of_2(group)
-    tiles = tiles or decode_tiles(group, head_padded, q.element_size())
     longest = batch.prepare(_longest_decode)
     splits = splits or plan_splits(num_decodes, num_kv_heads, longest if window is None else min(longest, window))
-    most, split = splits.most, splits.most > 1
+    most, split, early = splits.most, splits.most > 1, launches_early(q.device)
+    tiles = tiles or decode_tiles(group, head_padded, q.element_size(), num_decodes * num_kv_heads)
     # Scratch for the parts of a request that has several: their outputs, and the logarithms of their sums.
     scratch = (num_decodes, num_heads, most) if split else (0,)
     parts = torch.empty(*scratch, head_size, dtype=torch.float32, device=q.device)
@@ -144,7 +144,6 @@ def _launch_decode(
         out,
         parts,
         sums,
-        batch.prepare(_arrivals, num_kv_heads) if split else batch.context_lens,
         batch.block_tables,
         batch.context_lens,
         q.stride(0),
@@ -156,8 +155,6 @@ def _launch_decode(
         most,
         tiles_each,
         GROUP=group,
-        GROUP_PADDED=group_padded,
-        COMBINED=max(2, _COMBINED_ELEMENTS // (group_padded * head_padded)),
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
@@ -167,9 +164,29 @@ def _launch_decode(
         SOFTCAP=softcap is not None,
         WINDOW=window is not None,
         SPLIT=split,
+        EARLY=early,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+    if split:
+        _combine[(num_heads, num_decodes)](
+            parts,
+            sums,
+            out,
+            batch.context_lens,
+            window or 0,
+            most,
+            tiles_each,
+            NUM_HEADS=num_heads,
+            HEAD_SIZE=head_size,
+            HEAD_PADDED=head_padded,
+            POSITIONS=tiles.positions,
+            COMBINED=_COMBINED,
+            WINDOW=window is not None,
+            EARLY=early,
+            num_warps=4,
+            **({"launch_pdl": True} if early else {}),
+        )
 
 
 def _launch_prefill(
@@ -316,49 +333,6 @@ def _attend(
     return total, new_peak, weight_sum
 
 
-@triton.jit
-def _combine(
-    parts_ptr,
-    sums_ptr,
-    out_ptr,
-    first_row,
-    used,
-    splits,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    COMBINED: tl.constexpr,
-):
-    """Add the parts of a request's heads from first_row on, each weighted by its share of the softmax's sum.
-
-    They were written by other multiprocessors: read past the first-level cache.
-    """
-    row, dimension = tl.arange(0, GROUP_PADDED), tl.arange(0, HEAD_PADDED)
-    total = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
-    peak = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((GROUP_PADDED,), tl.float32)
-    for start in range(0, used, COMBINED):
-        split = start + tl.arange(0, COMBINED)
-        part = (first_row + row)[None, :] * splits + split[:, None]
-        inside = (split < used)[:, None] & (row < GROUP)[None, :]
-        sums = tl.load(sums_ptr + part, inside, other=float("-inf"), cache_modifier=".cg")
-        elements = part[:, :, None] * HEAD_SIZE + dimension[None, None, :]
-        inside = inside[:, :, None] & (dimension < HEAD_SIZE)[None, None, :]
-        parts = tl.load(parts_ptr + elements, inside, other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, tl.max(sums, 0))
-        base = tl.where(row < GROUP, new_peak, 0.0)
-        weights = tl.exp2(sums - base[None, :])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
-        weight_sum = weight_sum * shrink + tl.sum(weights, 0)
-        peak = new_peak
-    out = total / weight_sum[:, None]
-    offset = (first_row + row)[:, None] * HEAD_SIZE + dimension[None, :]
-    inside = (row < GROUP)[:, None] & (dimension < HEAD_SIZE)[None, :]
-    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), inside)
-
-
 @triton.jit(do_not_specialize=["table_stride", "scale", "softcap", "window", "splits", "tiles_each"])
 def _decode(
     q_ptr,
@@ -367,7 +341,6 @@ def _decode(
     out_ptr,
     parts_ptr,
     sums_ptr,
-    arrivals_ptr,
     tables_ptr,
     contexts_ptr,
     q_token,
@@ -379,8 +352,6 @@ def _decode(
     splits,
     tiles_each,
     GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    COMBINED: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -390,7 +361,10 @@ def _decode(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if SPLIT and EARLY:
+        gdc_launch_dependents()
     head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     context = tl.load(contexts_ptr + request)
     first_tile, count = _first_tile_and_count(context, window, POSITIONS, WINDOW)
@@ -422,19 +396,56 @@ def _decode(
             part = out_row * splits + split
             tl.store(parts_ptr + part[:, None] * HEAD_SIZE + dimension[None, :], out, real)
             tl.store(sums_ptr + part, peak + tl.log2(weight_sum), row < GROUP)
-            # The last program to arrive finds all parts in memory.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + request * NUM_KV_HEADS + head, 1, sem="acq_rel")
-            used = tl.cdiv(count, each)
-            if arrived == used - 1:
-                tl.store(arrivals_ptr + request * NUM_KV_HEADS + head, 0)
-                _combine(
-                    parts_ptr, sums_ptr, out_ptr, request * (NUM_KV_HEADS * GROUP) + head * GROUP, used, splits,
-                    GROUP, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED, COMBINED,
-                )  # fmt: skip
             return
     out_offset = out_row[:, None] * HEAD_SIZE + dimension[None, :]
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), real)
+
+
+@triton.jit(do_not_specialize=["window", "splits", "tiles_each"])
+def _combine(
+    parts_ptr,
+    sums_ptr,
+    out_ptr,
+    contexts_ptr,
+    window,
+    splits,
+    tiles_each,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    COMBINED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Add the parts of a request's head, each weighted by its share of the softmax's sum."""
+    query_head, request = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if EARLY:
+        gdc_wait()
+    context = tl.load(contexts_ptr + request)
+    _, count = _first_tile_and_count(context, window, POSITIONS, WINDOW)
+    each = _tiles_of_a_part(count, splits, tiles_each)
+    if each >= count:
+        return  # a single part, which is in its place already
+    used = tl.cdiv(count, each)
+    dimension = tl.arange(0, HEAD_PADDED)
+    out_row = request * NUM_HEADS + query_head
+    total = tl.zeros((HEAD_PADDED,), tl.float32)
+    peak, weight_sum = float("-inf"), 0.0
+    for start in range(0, used, COMBINED):
+        split = start + tl.arange(0, COMBINED)
+        part = out_row * splits + split
+        sums = tl.load(sums_ptr + part, split < used, other=float("-inf"))
+        inside = (split < used)[:, None] & (dimension < HEAD_SIZE)[None, :]
+        parts = tl.load(parts_ptr + part[:, None] * HEAD_SIZE + dimension[None, :], inside, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(sums, 0))
+        weights = tl.exp2(sums - new_peak)
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(parts * weights[:, None], 0)
+        weight_sum = weight_sum * shrink + tl.sum(weights, 0)
+        peak = new_peak
+    out = total / weight_sum
+    tl.store(out_ptr + out_row * HEAD_SIZE + dimension, out.to(out_ptr.dtype.element_ty), dimension < HEAD_SIZE)
 
 
 @triton.jit(

@@ -3,9 +3,9 @@
 1. `_tiles`, many programs a row: the largest logit of each tile of the vocabulary and its id, the tile's softmax sum
    relative to that, and the largest logit of each group of 32 neighbours.
 2. `_pick`, a program a row. Greedy rows and rows without filters need only the tiles (and one of them again, for the
-   draw). With filters, let f be the 256th largest of the group maxima: all logits from f up lie in the groups whose
-   maximum reaches f, so these few groups are gathered, and the thresholds of top_k, top_p and min_p are found among
-   their logits by bisection. That settles nearly all rows.
+   draw). With filters, let f be the lowest number that at most 256 group maxima reach: all logits from f up lie in
+   these groups, which are gathered, and the thresholds of top_k, top_p and min_p are found among their logits by
+   bisection. That settles nearly all rows.
 3. `_search`, a program a row, for rows that are not settled: more than a few hundred tokens are kept. It searches the
    thresholds with passes over the whole row, and ends at once for settled rows.
 
@@ -54,7 +54,7 @@ def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
     tile_max, tile_sum = scratch(requests, num_tiles), scratch(requests, num_tiles)
     tile_id = scratch(requests, num_tiles, dtype=torch.int32)
     group_max = scratch(requests, num_groups) if filtered else tile_max
-    _tiles[(num_tiles * requests,)](
+    _tiles[(requests, num_tiles)](
         logits,
         params.temperature,
         tile_max,
@@ -188,7 +188,7 @@ def _tiles(
     GREEDY: tl.constexpr,
     FILTERED: tl.constexpr,
 ):
-    tile, row = tl.program_id(0) % NUM_TILES, (tl.program_id(0) // NUM_TILES).to(tl.int64)
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group = tile * GROUPS + tl.arange(0, GROUPS)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf"))
@@ -300,7 +300,7 @@ def _pick(
         lowest = tl.min(group_keys, 0)
         one = tl.full((GROUPS_PADDED,), 1, tl.int32)
         if NUM_GROUPS > PICKED:
-            floor = _bisect(group_keys, one, PICKED, lowest, highest)
+            floor = _bisect(group_keys, one, PICKED + 1, lowest, highest) + 1
         else:
             floor = lowest
         chosen_groups = (group_keys >= floor) & (group < NUM_GROUPS)
@@ -320,7 +320,7 @@ def _pick(
 
         by_rank = (top_k > 0) & (top_k < VOCABULARY)
         ones = tl.where(candidate, 1, 0)
-        known = (num_chosen <= PICKED) & ((by_rank == 0) | (top_k <= tl.sum(ones, 0)))
+        known = (by_rank == 0) | (top_k <= tl.sum(ones, 0))
         threshold = floor
         if known & by_rank:
             threshold = _bisect(keys, ones, top_k, floor, highest)

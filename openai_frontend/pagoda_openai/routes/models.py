@@ -16,14 +16,16 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """Every loaded model."""
+    """Every loaded model, as of now."""
     registry = frontend_of(request).registry
+    await registry.poll()
     return {"object": "list", "data": [_card(n, e) for n, e in registry]}
 
 
 @router.get("/v1/models/{name}")
 async def model(request: Request, name: str) -> dict[str, Any]:
     registry = frontend_of(request).registry
+    await registry.poll()
     for known, entry in registry:
         if known == name:
             return _card(name, entry)
