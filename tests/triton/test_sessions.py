@@ -78,7 +78,7 @@ SERIES = (
 
 
 def test_the_core_series_are_on_both_pages_and_move_alike(calm: Service) -> None:
-    """Counters on Triton's page go on over a restart of the engine, the frontend's are the engine's own; both move alike."""
+    """Counters of Triton's page go on over a restart of the engine, the frontend's begin anew; both move alike."""
     stream = Stream(calm, 4)  # the first request makes every series
     stream.ends_once()
     wait_for(calm.is_idle, 5)
