@@ -23,7 +23,9 @@ log = logging.getLogger("pagoda.registry")
 UNLOADING = "the model is being unloaded"
 POLL_INTERVAL = 1.0
 """Seconds between two looks at the repository."""
-SILENCE = 2.0
+HEALTH_SILENCE = 1.5
+"""Seconds without a sign of life after which health tells: two pings have gone unanswered."""
+SILENCE = 2.5
 """Seconds without a sign of life after which a model is not given new requests."""
 LOST_SILENCE = 5.0
 """Seconds without a sign of life after which requests in flight are given up."""
@@ -43,6 +45,10 @@ class Entry:
 
     @property
     def is_healthy(self) -> bool:
+        return self.session.is_moving and self.session.seconds_silent < HEALTH_SILENCE
+
+    @property
+    def takes_requests(self) -> bool:
         return self.session.is_moving and self.session.seconds_silent < SILENCE
 
     @property
@@ -50,7 +56,7 @@ class Entry:
         """Why it is not healthy, in words for a client."""
         if self.session.state != "ready":
             return self.session.reason
-        if self.session.seconds_silent >= SILENCE:
+        if self.session.seconds_silent >= HEALTH_SILENCE:
             return f"the model's server process has not answered for {self.session.seconds_silent:.0f} s"
         return "the engine's loop does not move"
 
@@ -96,7 +102,7 @@ class Registry:
                 raise EngineUnavailable(f"{UNLOADING}: try again later, or choose another")
             known = ", ".join(self.names()) or "none"
             raise ModelNotFound(f"the model {name[:200]!r} does not exist; loaded models: {known}")
-        if not entry.is_healthy:
+        if not entry.takes_requests:
             raise EngineUnavailable(f"{entry.trouble}: try again in a moment")
         return entry.session
 

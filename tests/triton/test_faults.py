@@ -218,7 +218,7 @@ def test_lost_stub_is_noticed_and_the_service_recovers(calm: Service, how: signa
     for pid in calm.pids("python_backend_stub"):
         os.kill(pid, how)
     began = time.monotonic()
-    wait_for(lambda: calm.status("/health") == 503, 2.5, "/health to tell")
+    wait_for(lambda: calm.status("/health") == 503, 2, "/health to tell")
     stream.ends_once(15)
     assert stream.error is not None
     wait_for(lambda: calm.status("/health") == 200, 30, "the service to recover")
