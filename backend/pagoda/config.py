@@ -15,7 +15,6 @@ from msgspec import Meta
 from pagoda.errors import ConfigError
 
 Positive = Annotated[int, Meta(ge=1)]
-Fraction = Annotated[float, Meta(gt=0, le=1)]
 
 REFUSED = {
     "trust_remote_code": "code from a model folder is never run; known architectures are built in",
@@ -33,7 +32,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is float32 on a CPU and the checkpoint's own on a GPU."""
     tensor_parallel_size: Positive = 1
-    gpu_memory_utilization: Fraction = 0.9
     max_num_seqs: Positive = 256
     """Most requests in one step."""
     max_num_batched_tokens: Positive | None = None
@@ -46,7 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     num_kv_blocks: Positive | None = None
     """Size of the KV cache in blocks; by default what the memory below holds."""
     kv_cache_gib: Annotated[float, Meta(gt=0)] = 2.0
-    """Memory of the KV cache on a CPU."""
+    """Memory of the KV cache."""
     enable_prefix_caching: bool = True
     load_timeout: Annotated[float, Meta(gt=0)] = 600.0
     num_threads: Positive | None = None
