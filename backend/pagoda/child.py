@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -53,6 +54,17 @@ class Child:
             self._process.kill()
             self._process.wait()
         os.close(self.pidfd)
+
+
+def die_with_parent() -> None:
+    """In the child, once its start is read: end at once when standard input does."""
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def describe_exit(status: int) -> str:

@@ -37,11 +37,6 @@ class RequestStream:
         self._ended = False
         self._arrived = asyncio.Event()
 
-    @property
-    def num_buffered(self) -> int:
-        """Tokens that wait to be taken."""
-        return len(self._next.token_ids) if self._next else 0
-
     def put(self, output: wire.Output) -> None:
         if self._next is not None:
             tokens = self._next.token_ids + output.token_ids

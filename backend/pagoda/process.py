@@ -11,7 +11,6 @@ import fcntl
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import msgspec
 
 from pagoda import logs
 from pagoda.block_pool import BlockPool
+from pagoda.child import die_with_parent
 from pagoda.config import EngineConfig, EngineStart
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.protocol import ModelFacts
@@ -35,7 +35,7 @@ GPU_BUDGET = 8192
 def main() -> None:
     logs.configure()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineStart)
-    _die_with_parent()
+    die_with_parent()
     sessions = Sessions(start.address)
     sessions.start()
     try:
@@ -116,15 +116,6 @@ def resolve_budget(config: EngineConfig, device: str) -> int:
             "a step must have a token for each request; raise the one or lower the other"
         )
     return budget
-
-
-def _die_with_parent() -> None:
-    def watch() -> None:
-        while sys.stdin.buffer.read(4096):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import sys
-import threading
 from functools import partial
 
 import msgspec
@@ -21,6 +19,7 @@ import zmq.asyncio
 
 from pagoda import logs, sampling_params
 from pagoda import protocol as protocol_wire
+from pagoda.child import die_with_parent
 from pagoda.client import PING_INTERVAL, RequestStream, Session
 from pagoda.errors import EngineFailure, PagodaError
 from pagoda.text import wire
@@ -157,19 +156,10 @@ def reply_of(request: TextRequest, delta: Delta, num_input: int) -> TextReply:
     )
 
 
-def _die_with_parent() -> None:
-    def watch() -> None:
-        while sys.stdin.buffer.read(4096):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
 def main() -> None:
     logs.configure()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=TextStart)
-    _die_with_parent()
+    die_with_parent()
     asyncio.run(TextWorker(start).run())
 
 
