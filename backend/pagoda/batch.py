@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from pagoda_kernels import AttentionBatch, SamplingBatch
+from pagoda_kernels import AttentionBatch
 
 from pagoda.scheduler import Chunk, Plan
 
@@ -23,8 +23,6 @@ class Batch:
     attention: AttentionBatch
     sample_rows: torch.Tensor
     """[S] int64, rows of the last tokens of the requests that are sampled."""
-    sampling: SamplingBatch | None
-    """None when no request of this step is sampled."""
 
 
 def build(plan: Plan, *, block_size: int, device: torch.device) -> Batch:
@@ -36,7 +34,6 @@ def build(plan: Plan, *, block_size: int, device: torch.device) -> Batch:
         slots=_tensor([s for c in chunks for s in _slots(c, block_size)], device),
         attention=_attention(plan, block_size, device),
         sample_rows=_tensor(_sample_rows(chunks), device),
-        sampling=_sampling([c for c in chunks if c.samples], device),
     )
 
 
@@ -77,26 +74,4 @@ def _attention(plan: Plan, block_size: int, device: torch.device) -> AttentionBa
         query_lens_host=query_lens,
         context_lens_host=context_lens,
         num_decodes=plan.num_decodes,
-    )
-
-
-def _sampling(chunks: list[Chunk], device: torch.device) -> SamplingBatch | None:
-    if not chunks:
-        return None
-    params = [c.request.params for c in chunks]
-
-    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    return SamplingBatch(
-        temperature=column([p.temperature for p in params], torch.float32),
-        top_k=column([max(p.top_k, 0) for p in params], torch.int32),
-        top_p=column([p.top_p for p in params], torch.float32),
-        min_p=column([p.min_p for p in params], torch.float32),
-        seeds=_tensor([c.request.seed for c in chunks], device),
-        positions=_tensor([c.start + c.count - c.request.num_prompt_tokens for c in chunks], device),
-        all_greedy=all(p.temperature == 0 for p in params),
-        any_top_k=any(p.top_k > 0 for p in params),
-        any_top_p=any(p.top_p < 1 for p in params),
-        any_min_p=any(p.min_p > 0 for p in params),
     )

@@ -36,12 +36,20 @@ class Open(msgspec.Struct, tag="open", frozen=True):
 
 
 class Generate(msgspec.Struct, tag="generate", frozen=True, omit_defaults=True):
-    """One request. `id` is the client's own, unique within its session."""
+    """`n` answers to one prompt, the requests id … id + n - 1. Ids are the client's own, unique in its session.
+
+    The answers share the prompt's blocks. With a seed, answer i draws with seed + i.
+    """
 
     id: int
     prompt_ids: list[int]
     params: SamplingParams
     cache_salt: str = ""
+    n: int = 1
+    priority: int = 0
+    """Lower runs first."""
+    timeout: float | None = None
+    """Seconds from admission after which the request ends by DeadlineExceeded."""
 
 
 class Abort(msgspec.Struct, tag="abort", frozen=True, omit_defaults=True):
@@ -109,6 +117,17 @@ class Usage(msgspec.Struct, array_like=True, frozen=True):
     cached_tokens: int
 
 
+class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
+    """Natural logarithm of a token's probability by the model itself: before penalties, masks and temperature."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: list[tuple[int, float]] = []
+    """The most likely tokens, best first, as (id, logprob)."""
+
+
 class Output(msgspec.Struct, array_like=True, frozen=True):
     """New tokens of one request in one payload."""
 
@@ -119,6 +138,10 @@ class Output(msgspec.Struct, array_like=True, frozen=True):
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     """Comes with the first tokens and with the finish reason."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`, where asked for."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """With the first tokens, where asked for: one for each prompt token but the first."""
 
 
 class Tokens(msgspec.Struct, tag="tokens", frozen=True):

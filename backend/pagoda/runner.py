@@ -17,6 +17,7 @@ from pagoda.errors import ConfigError
 from pagoda.hf_config import HFConfig
 from pagoda.layers import KVCache, Rotary
 from pagoda.models.llama import LlamaForCausalLM
+from pagoda.sampler import Draw, Sampler
 from pagoda.scheduler import Plan
 
 log = logging.getLogger("pagoda.runner")
@@ -27,7 +28,8 @@ class Launched:
     """A step on its way: its plan and where its samples will be."""
 
     plan: Plan
-    sampled: torch.Tensor | None
+    draw: Draw | None
+    """None when no request of the step is sampled."""
 
 
 class Runner:
@@ -41,6 +43,7 @@ class Runner:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.ops = pagoda_kernels.for_device(self.device)
+        self.sampler = Sampler(self.ops, self.device)
         self.model = self._load(hf_config, folder)
         self.rotary = Rotary(hf_config, max_model_len, self.device)
         self.num_blocks = num_kv_blocks(config, hf_config, self.dtype, max_model_len)
@@ -64,15 +67,14 @@ class Runner:
         """Start a step; its samples are read with `collect`."""
         batch = batches.build(plan, block_size=self.block_size, device=self.device)
         hidden = self.model(batch, self.rotary, self.cache)
-        if batch.sampling is None:
+        chunks = [c for c in plan.chunks if c.samples]
+        if not chunks:
             return Launched(plan, None)
-        logits = self.model.logits(hidden[batch.sample_rows])
-        return Launched(plan, self.ops.sample(logits.float(), batch.sampling))
+        return Launched(plan, self.sampler.launch(chunks, self.model.logits(hidden[batch.sample_rows])))
 
     def collect(self, launched: Launched) -> list[int]:
         """The sampled tokens of a step, one for each chunk that samples; waits for the device."""
-        sampled: list[int] = launched.sampled.tolist() if launched.sampled is not None else []
-        return sampled
+        return self.sampler.collect(launched.draw) if launched.draw is not None else []
 
 
 def resolve_device(name: str) -> torch.device:

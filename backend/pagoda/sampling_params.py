@@ -7,12 +7,25 @@ so nothing unvalidated reaches the loop.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
 from pagoda.errors import InvalidRequest
 
 MAX_STOP_TOKEN_IDS = 128
+MAX_LOGPROBS = 20
+"""Alternatives that may be asked for at each token; OpenAI's own bound."""
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_TOKENS = 64
+
+
+class Structure(msgspec.Struct, frozen=True):
+    """A constraint on the whole output: its kind and its text (a JSON schema, a regex, a JSON list of choices, …)."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    text: str = ""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -26,6 +39,38 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    """Output tokens before which no stop token may come."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens of prompt and output less likely (https://arxiv.org/abs/1909.05858)."""
+    logit_bias: dict[int, float] = {}
+    """Token id to what is added to its logit."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that must not come."""
+    logprobs: int | None = None
+    """Most likely alternatives reported at each output token; 0 reports the token alone."""
+    prompt_logprobs: int | None = None
+    structure: Structure | None = None
+
+    @property
+    def edits_logits(self) -> bool:
+        """True when the logits are changed before anything is drawn from them."""
+        return self.depends_on_output or bool(self.logit_bias) or self.allowed_token_ids is not None
+
+    @property
+    def depends_on_output(self) -> bool:
+        """True when what may come next depends on the output so far: its tokens must be known on the host."""
+        return (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+            or self.min_tokens > 0
+            or bool(self.bad_words)
+            or self.structure is not None
+        )
 
 
 def _require(ok: bool, field: str, value: object, allowed: str) -> None:
