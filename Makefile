@@ -7,7 +7,7 @@ export PAGODA_HOME ?= $(CURDIR)/.pagoda
 # torch for this machine: 2.11 or newer, with or without CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: serve test check install clean bench-compare
+.PHONY: serve test check install clean bench-compare bench-kernels
 
 serve: $(VENV)/.serve  ## start Triton and the OpenAI frontend with the embedded default model
 	@$(BIN)/pagoda pull
@@ -24,6 +24,9 @@ check: $(VENV)/.dev  ## style and types
 
 bench-compare: $(VENV)/.dev  ## Pagoda beside transformers on this machine
 	$(BIN)/pagoda bench compare $(ARGS)
+
+bench-kernels: $(VENV)/.dev  ## every kernel checked, then timed beside its floor and PyTorch (on a CPU: its operations)
+	$(BIN)/python -m pagoda_kernels.bench $(ARGS)
 
 install: $(VENV)/.serve
 

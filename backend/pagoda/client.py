@@ -38,11 +38,7 @@ class RequestStream:
         self._arrived = asyncio.Event()
 
     def put(self, output: wire.Output) -> None:
-        if self._next is not None:
-            tokens = self._next.token_ids + output.token_ids
-            usage = output.usage or self._next.usage
-            output = wire.Output(self.id, self._next.index, tokens, output.finish_reason, usage)
-        self._next = output
+        self._next = output if self._next is None else _merged(self._next, output)
         self._arrived.set()
 
     def fail(self, error: PagodaError) -> None:
@@ -66,6 +62,19 @@ class RequestStream:
         """Tell the engine that nobody wants the rest. Does nothing when the request has ended."""
         self._ended = True
         self._session.abort(self.id, reason, tokens_kept)
+
+
+def _merged(earlier: wire.Output, later: wire.Output) -> wire.Output:
+    reported = earlier.logprobs is not None or later.logprobs is not None
+    return wire.Output(
+        earlier.id,
+        earlier.index,
+        earlier.token_ids + later.token_ids,
+        later.finish_reason,
+        later.usage or earlier.usage,
+        (earlier.logprobs or []) + (later.logprobs or []) if reported else None,
+        earlier.prompt_logprobs or later.prompt_logprobs,
+    )
 
 
 class Session:
@@ -111,14 +120,28 @@ class Session:
     def open(self) -> None:
         self._send(wire.Frame(self.name, "open", [wire.Open(wire.VERSION, self.client)]))
 
-    def generate(self, prompt_ids: list[int], params: SamplingParams, *, cache_salt: str = "") -> RequestStream:
-        """Send a request. Raises EngineUnavailable when the session is not ready."""
+    def generate(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        cache_salt: str = "",
+        n: int = 1,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> list[RequestStream]:
+        """Send a request for `n` answers; a stream for each. `timeout`: seconds from the engine's admission.
+
+        Raises EngineUnavailable when the session is not ready.
+        """
         if self.state != "ready" or not self.is_writable:
             raise EngineUnavailable(f"{self.reason}: try again in a moment")
-        self._ids += 1
-        stream = self._streams[self._ids] = RequestStream(self, self._ids)
-        self._post(wire.Generate(self._ids, prompt_ids, params, cache_salt))
-        return stream
+        first = self._ids + 1
+        self._ids += n
+        streams = [RequestStream(self, first + i) for i in range(n)]
+        self._streams.update((stream.id, stream) for stream in streams)
+        self._post(wire.Generate(first, prompt_ids, params, cache_salt, n, priority, timeout))
+        return streams
 
     def abort(self, request_id: int, reason: wire.AbortReason, tokens_kept: int | None = None) -> None:
         if self._streams.pop(request_id, None) is not None:

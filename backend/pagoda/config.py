@@ -31,6 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is float32 on a CPU and the checkpoint's own on a GPU."""
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    """`dummy` makes up random weights, so that config.json is enough; `auto` is safetensors."""
     tensor_parallel_size: Positive = 1
     max_num_seqs: Positive = 256
     """Most requests in one step."""
@@ -40,12 +42,20 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Most tokens of one request, prompt and output together; by default what the checkpoint was trained for."""
     max_num_queued_requests: Positive = 4096
     """Most requests waiting for their first step; beyond it a request is refused at once."""
+    max_num_queued_tokens: Positive = 1 << 20
+    """Most prompt tokens waiting; a single request is never too long for an empty queue."""
     block_size: Annotated[int, Meta(ge=8, le=256)] = 16
     num_kv_blocks: Positive | None = None
     """Size of the KV cache in blocks; by default what the memory below holds."""
-    kv_cache_gib: Annotated[float, Meta(gt=0)] = 2.0
-    """Memory of the KV cache."""
+    kv_cache_gib: Annotated[float, Meta(gt=0)] | None = None
+    """Memory of the KV cache; by default 2 on a CPU, and on a GPU what the engine's share leaves."""
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    """The engine's share of the GPU's memory, everything counted; several engines share a GPU by their shares."""
+    enforce_eager: bool = False
+    """Run without CUDA graphs: a faster start and slower steps."""
     enable_prefix_caching: bool = True
+    batch_invariant: bool = False
+    """A request's tokens have the same bits whatever runs beside it; slower, and on a CPU in float32 only."""
     load_timeout: Annotated[float, Meta(gt=0)] = 600.0
     num_threads: Positive | None = None
     """Threads of the CPU's matrix products; by default one a core."""

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from pagoda.errors import Overloaded, PagodaError
+from pagoda.errors import DeadlineExceeded, Overloaded, PagodaError
+from pagoda.plan import Collected, Plan, Progress
 from pagoda.protocol import FinishReason, Metrics, Output, Usage
 from pagoda.request import Request
-from pagoda.scheduler import Plan, Progress, Scheduler
+from pagoda.scheduler import Scheduler
 from pagoda.stats import Stats
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ Command: TypeAlias = Submit | Cancel | Stop
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A request the engine could not keep."""
+    """A request that ends by an error: not taken, or not to be continued."""
 
     key: tuple[str, int]
     error: PagodaError
@@ -72,7 +73,7 @@ class RunnerLike(Protocol):
 
     def launch(self, plan: Plan) -> Launched: ...
 
-    def collect(self, launched: Launched) -> list[int]: ...
+    def collect(self, launched: Launched) -> Collected: ...
 
 
 @dataclass(slots=True)
@@ -109,6 +110,7 @@ class Engine:
         """Serve until told to stop. An error of the device ends the loop: its state can no longer be trusted."""
         while not self._stopping:
             self._take_in()
+            self._expire()
             started = time.monotonic()
             plan = self.scheduler.schedule()
             if plan:
@@ -119,10 +121,17 @@ class Engine:
             self._publish_metrics()
 
     def _read_back(self, launched: Launched) -> None:
-        progress = self.scheduler.update(launched.plan, self.runner.collect(launched))
+        collected = self.runner.collect(launched)
+        for chunk, error in collected.failures:
+            if not chunk.is_stale:
+                self._end(chunk.request, error)
+        for chunk, logprobs in collected.prompt_logprobs:
+            if not chunk.is_stale:
+                chunk.request.prompt_logprobs += logprobs
+        progress = self.scheduler.update(launched.plan, collected.token_ids, collected.logprobs)
         self.stats.step(launched.plan, progress)
         if progress:
-            self.emit(StepResult(launched.plan.step, [(_key(p.request), _output(p)) for p in progress]))
+            self.emit(StepResult(launched.plan.step, [(key_of(p.request), _output(p)) for p in progress]))
 
     # ── inbox ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -162,7 +171,8 @@ class Engine:
         try:
             self.scheduler.add(request)
         except Overloaded as error:
-            self.emit(Refusal(_key(request), error))
+            for member in (request, *request.forks):
+                self.emit(Refusal(key_of(member), error))
         else:
             self.pulse.last_step_time = max(self.pulse.last_step_time, request.arrival_time)
 
@@ -175,6 +185,26 @@ class Engine:
             self.emit(StepResult(self.pulse.step, [(command.key, output)]))
             self._next_metrics = 0.0
 
+    def _expire(self) -> None:
+        for request in self.scheduler.expire():
+            self._report_end(
+                request,
+                DeadlineExceeded(
+                    f"the request's timeout of {request.timeout:g} s is over after {request.num_output_tokens} output "
+                    "tokens: raise timeout, or lower max_tokens"
+                ),
+            )
+
+    def _end(self, request: Request, error: PagodaError) -> None:
+        """A request that cannot go on ends by its own error."""
+        self.scheduler.abort(request.key)
+        self._report_end(request, error)
+
+    def _report_end(self, request: Request, error: PagodaError) -> None:
+        self.stats.finish(request)
+        self.emit(Refusal(key_of(request), error))
+        self._next_metrics = 0.0
+
     # ── metrics ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _publish_metrics(self, *, now_idle: bool = False) -> None:
@@ -185,7 +215,8 @@ class Engine:
             self.emit(self.stats.snapshot(self.scheduler, self.pulse.step))
 
 
-def _key(request: Request) -> tuple[str, int]:
+def key_of(request: Request) -> tuple[str, int]:
+    """Session and id of a request that came over the wire."""
     key: tuple[str, int] = request.key  # type: ignore[assignment]
     return key
 
@@ -198,4 +229,12 @@ def _output(progress: Progress) -> Output:
     request, total = progress.request, progress.request.num_output_tokens
     index = total - len(progress.new_token_ids)
     usage = _usage(request, total) if index == 0 or progress.finish_reason else None
-    return Output(_key(request)[1], index, progress.new_token_ids, progress.finish_reason, usage)
+    return Output(
+        key_of(request)[1],
+        index,
+        progress.new_token_ids,
+        progress.finish_reason,
+        usage,
+        [progress.logprob] if progress.logprob is not None else None,
+        request.prompt_logprobs if index == 0 and request.params.prompt_logprobs is not None else None,
+    )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from pagoda import logs
+from pagoda import logs, torch_settings
 from pagoda.block_pool import BlockPool
 from pagoda.child import die_with_parent
 from pagoda.config import EngineConfig, EngineStart
@@ -27,15 +27,12 @@ from pagoda.sessions import Sessions
 
 log = logging.getLogger("pagoda.process")
 
-CPU_BUDGET = 256
-"""Tokens: a step of a small model then takes about half a second on two cores."""
-GPU_BUDGET = 8192
-
 
 def main() -> None:
     logs.configure()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineStart)
     die_with_parent()
+    torch_settings.apply()
     sessions = Sessions(start.address)
     sessions.start()
     try:
@@ -72,8 +69,9 @@ def _serve(start: EngineStart, sessions: Sessions) -> None:
         BlockPool(runner.num_blocks),
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=resolve_budget(config, runner.device.type),
+        max_num_batched_tokens=runner.max_num_batched_tokens,
         max_num_queued_requests=config.max_num_queued_requests,
+        max_num_queued_tokens=config.max_num_queued_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
     )
     engine = Engine(scheduler, runner, sessions.emit)
@@ -104,18 +102,6 @@ def resolve_max_model_len(config: EngineConfig, trained: int) -> int:
             f"max_model_len {config.max_model_len} is beyond the {trained} tokens of the checkpoint: lower it"
         )
     return config.max_model_len or trained
-
-
-def resolve_budget(config: EngineConfig, device: str) -> int:
-    """Tokens a step. Raises ConfigError when the decodes of a full engine would leave nothing for prefills."""
-    default = CPU_BUDGET if device == "cpu" else GPU_BUDGET
-    budget = config.max_num_batched_tokens or max(default, config.max_num_seqs)
-    if budget < config.max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}: "
-            "a step must have a token for each request; raise the one or lower the other"
-        )
-    return budget
 
 
 @contextlib.contextmanager

@@ -5,10 +5,32 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING, Protocol
 
 from pagoda.block_pool import chain_hash, root_hash
-from pagoda.protocol import FinishReason
+from pagoda.protocol import FinishReason, TokenLogprob
 from pagoda.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Matcher(Protocol):
+    """Follows one request's output through its grammar."""
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        """Write the tokens allowed next: bit j of word i is token 32 i + j. Raises PagodaError when it cannot go on."""
+        ...
+
+    @property
+    def is_finished(self) -> bool:
+        """True when the output satisfies the grammar and nothing but its end may follow."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Take in the token that came; False when it was not allowed. Raises PagodaError when it cannot go on."""
+        ...
 
 
 class Status(Enum):
@@ -29,9 +51,16 @@ class Request:
     seed: int
     """64 random bits of its own, or the seed asked for."""
     cache_salt: str = ""
+    priority: int = 0
+    """Lower runs first."""
+    timeout: float | None = None
+    """Seconds from its arrival after which it ends unfinished."""
+    forks: list[Request] = field(default_factory=list)
+    """Requests for other answers to the same prompt: they wait until it has been computed, then share its blocks."""
+    fork_of: Request | None = None
     arrival_time: float = 0.0
-    arrival: int = 0
-    """Order of arrival; kept over preemptions."""
+    rank: tuple[float, int] = (0.0, 0)
+    """Its place among all requests, lowest first; kept over preemptions."""
 
     status: Status = Status.WAITING
     token_ids: list[int] = field(default_factory=list)
@@ -43,12 +72,15 @@ class Request:
     num_cached: int = 0
     """Prompt tokens that the prefix cache spared at the first admission."""
     epoch: int = 0
-    """Grows at each preemption; results of steps launched before it are dropped."""
+    """Number of preemptions; results of steps launched before the last one are dropped."""
     block_ids: list[int] = field(default_factory=list)
     num_published: int = 0
     """Leading blocks whose content the pool knows by hash."""
     hashes: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    matcher: Matcher | None = None
+    """Of a request with a grammar."""
 
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -73,6 +105,11 @@ class Request:
     @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """True while rows of the prompt must run for their logits, cached or not."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def is_decoding(self) -> bool:

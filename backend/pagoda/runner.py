@@ -11,16 +11,26 @@ import pagoda_kernels
 import torch
 
 from pagoda import batch as batches
-from pagoda import models, weights
+from pagoda import dummy_weights, memory, models, weights
 from pagoda.config import EngineConfig
+from pagoda.cuda_graph import StepGraphs
 from pagoda.errors import ConfigError
+from pagoda.graph_shapes import Shapes
 from pagoda.hf_config import HFConfig
 from pagoda.layers import KVCache, Rotary
 from pagoda.models.llama import LlamaForCausalLM
-from pagoda.sampler import Draw, Sampler
-from pagoda.scheduler import Plan
+from pagoda.plan import Collected, Plan
+from pagoda.rows import Rows
+from pagoda.sampler import Draw, PromptScores, Sampler
+from pagoda.transfer import upload
 
 log = logging.getLogger("pagoda.runner")
+
+CPU_BUDGET = 256
+"""Tokens: a step of a small model then takes about half a second on two cores."""
+GPU_BUDGET = 8192
+TRIAL_GRAPHS = 4
+"""Graphs captured to learn what one takes of the driver's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +40,55 @@ class Launched:
     plan: Plan
     draw: Draw | None
     """None when no request of the step is sampled."""
+    prompts: PromptScores | None
+    """None when no request of the step asks for its prompt's log-probabilities."""
 
 
 class Runner:
-    steps_ahead = 0
-    """How many steps may be launched before the first one's samples are read. A CPU computes in `launch` itself."""
+    """Made once, in the thread that will launch steps."""
 
     def __init__(self, config: EngineConfig, hf_config: HFConfig, folder: Path, max_model_len: int) -> None:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config.dtype, self.device)
         self.block_size = config.block_size
+        self.max_num_batched_tokens = resolve_budget(config, self.device.type)
+        self.steps_ahead = 0 if self.device.type == "cpu" else 1
+        """How many steps may be launched before the first one's samples are read. A CPU computes in `launch` itself."""
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.ops = pagoda_kernels.for_device(self.device)
-        self.sampler = Sampler(self.ops, self.device)
-        self.model = self._load(hf_config, folder)
-        self.rotary = Rotary(hf_config, max_model_len, self.device)
-        self.num_blocks = num_kv_blocks(config, hf_config, self.dtype, max_model_len)
-        self.cache = KVCache(hf_config, self.num_blocks, config.block_size, self.dtype, self.device)
+        if config.batch_invariant:
+            check_batch_invariant(self.device, self.dtype)
+        self.ops = pagoda_kernels.for_device(self.device, batch_invariant=config.batch_invariant)
+        self.sampler = Sampler(self.ops, self.device, hf_config.vocab_size)
+        self.rows = Rows(config.max_num_seqs, -(-max_model_len // config.block_size), self.device)
+        eager = self.device.type == "cpu" or config.enforce_eager
+        self.shapes = None if eager else Shapes(config.max_num_seqs, max_model_len, self.max_num_batched_tokens)
+        self.graphs: StepGraphs | None = None
+        self._hidden_size = hf_config.hidden_size
+        with memory.turn(self.device):
+            self._start(config, hf_config, folder, max_model_len)
 
-    def _load(self, hf_config: HFConfig, folder: Path) -> LlamaForCausalLM:
+    def _start(self, config: EngineConfig, hf_config: HFConfig, folder: Path, max_model_len: int) -> None:
+        share = None if self.device.type == "cpu" else memory.Share(self.device, config.gpu_memory_utilization)
+        self.model = self._load(hf_config, folder, dummy=config.load_format == "dummy")
+        self.rotary = Rotary(hf_config, max_model_len, self.device)
+        block_bytes = hf_config.kv_elements_per_token * config.block_size * self.dtype.itemsize
+        fixed = memory.asked_for(config, block_bytes, self.device)
+        self.cache = self._make_cache(hf_config, 1)
+        if fixed is None:
+            assert share is not None
+            fixed = self._measure(share, config, max_model_len) // block_bytes
+        memory.check_fits(fixed, max_model_len, config.block_size)
+        self.num_blocks = fixed
+        self.cache = self._make_cache(hf_config, fixed)
+        if share is not None:
+            self._capture()
+            share.close()
+            self._run_largest(config, max_model_len)
+            used, total = share.used / memory.GIB, share.total / memory.GIB
+            log.info("GPU memory: %.1f of %.1f GiB, a KV cache of %d blocks in it", used, total, fixed)
+
+    def _load(self, hf_config: HFConfig, folder: Path, *, dummy: bool) -> LlamaForCausalLM:
         started = time.monotonic()
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
@@ -58,23 +97,101 @@ class Runner:
                 model = models.build(hf_config, self.ops)
         finally:
             torch.set_default_dtype(default)
-        weights.load(model, folder, model.tied)
-        log.info("weights loaded in %.1f s", time.monotonic() - started)
+        if dummy:
+            dummy_weights.fill(model, self.device)
+        else:
+            weights.load(model, folder, model.tied)
+        log.info("weights %s in %.1f s", "made up" if dummy else "loaded", time.monotonic() - started)
         return model.eval()
+
+    def _make_cache(self, hf_config: HFConfig, num_blocks: int) -> KVCache:
+        try:
+            return KVCache(hf_config, num_blocks, self.block_size, self.dtype, self.device)
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"a KV cache of {num_blocks} blocks does not fit beside the weights: lower num_kv_blocks "
+                "(kv_cache_gib), or leave them to gpu_memory_utilization"
+            ) from None
+
+    def _measure(self, share: memory.Share, config: EngineConfig, max_model_len: int) -> int:
+        """Bytes that the largest step and the graphs leave of the share, found by running them over a tiny cache."""
+        share.begin_peak()
+        reserve = 0
+        if self.shapes is not None:
+            reserve = self._trial_graphs(share, self.shapes)
+        self._run_largest(config, max_model_len)
+        room = share.room(reserve)
+        self.graphs = None
+        torch.cuda.empty_cache()
+        return room
+
+    def _run_largest(self, config: EngineConfig, max_model_len: int) -> None:
+        budget = self.max_num_batched_tokens
+        for plan in memory.largest_steps(config.max_num_seqs, budget, max_model_len, self.block_size):
+            self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def _trial_graphs(self, share: memory.Share, shapes: Shapes) -> int:
+        """Capture the largest graph, whose memory the others share, and return what the others need beside it."""
+        self.graphs = self._make_graphs(shapes)
+        first, *others = shapes.all()
+        self.graphs.capture([first])
+        before = share.used
+        self.graphs.capture(others[-TRIAL_GRAPHS:])
+        each = (share.used - before) // TRIAL_GRAPHS
+        return each * len(others)
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        if self.shapes is None:
+            return
+        self.graphs = self._make_graphs(self.shapes)
+        seconds = self.graphs.capture(self.shapes.all())
+        log.info("%d CUDA graphs captured in %.1f s", len(self.graphs), seconds)
+
+    def _make_graphs(self, shapes: Shapes) -> StepGraphs:
+        return StepGraphs(self._forward, self._hidden_size, self.dtype, shapes, self.rows, self.block_size)
+
+    def _forward(self, batch: batches.Batch) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(batch, self.rotary, self.cache)
+        return hidden
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Start a step; its samples are read with `collect`."""
-        batch = batches.build(plan, block_size=self.block_size, device=self.device)
-        hidden = self.model(batch, self.rotary, self.cache)
-        chunks = [c for c in plan.chunks if c.samples]
-        if not chunks:
-            return Launched(plan, None)
-        return Launched(plan, self.sampler.launch(chunks, self.model.logits(hidden[batch.sample_rows])))
+        if plan.copies:
+            self.cache.copy(plan.copies)
+        layout = self._lay_out(plan)
+        hidden, sample_rows, sampled = self._compute(layout)
+        prompts = self.sampler.score_prompts(plan.chunks, hidden, self.model.logits)
+        if not len(sampled):
+            return Launched(plan, None, prompts)
+        if len(sampled) < len(hidden):
+            hidden = hidden[sample_rows]
+        draw = self._draw(plan, hidden)
+        self.rows.remember(sampled, draw.tokens)
+        return Launched(plan, draw, prompts)
 
-    def collect(self, launched: Launched) -> list[int]:
-        """The sampled tokens of a step, one for each chunk that samples; waits for the device."""
-        return self.sampler.collect(launched.draw) if launched.draw is not None else []
+    def _lay_out(self, plan: Plan) -> batches.Layout:
+        return batches.lay_out(plan, self.rows, self.block_size)
+
+    def _compute(self, layout: batches.Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states [T, hidden], and the layout's `sample_rows` and `sampled` on the device."""
+        if self.graphs is not None:
+            hidden = self.graphs.run(layout)
+            if hidden is not None:
+                sample_rows, sampled = upload([layout.sample_rows, layout.sampled], self.device)
+                return hidden, sample_rows, sampled
+        batch, sample_rows, sampled = batches.send(layout, self.rows, self.block_size, self.device)
+        return self._forward(batch), sample_rows, sampled
+
+    def _draw(self, plan: Plan, hidden: torch.Tensor) -> Draw:
+        """Samples for hidden states [S, hidden], a row for each chunk that samples."""
+        return self.sampler.launch([c for c in plan.chunks if c.samples], self.model.logits(hidden))
+
+    def collect(self, launched: Launched) -> Collected:
+        """The results of a step; waits for the device."""
+        return self.sampler.collect(launched.draw, launched.prompts)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -84,7 +201,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(
             "device 'cuda' was asked for and no GPU is visible: run `pagoda doctor`, or set device to 'cpu'"
         )
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def resolve_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
@@ -96,14 +213,28 @@ def resolve_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dty
     return dtype
 
 
-def num_kv_blocks(config: EngineConfig, hf_config: HFConfig, dtype: torch.dtype, max_model_len: int) -> int:
-    """Blocks of the pool. Raises ConfigError when a single request of full length would not fit."""
-    block_bytes = hf_config.kv_elements_per_token * config.block_size * dtype.itemsize
-    num_blocks = config.num_kv_blocks or int(config.kv_cache_gib * 2**30) // block_bytes
-    needed = -(-max_model_len // config.block_size)
-    if num_blocks < needed:
+def check_batch_invariant(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError where the same bits are not promised."""
+    if device.type != "cpu":
         raise ConfigError(
-            f"the KV cache holds {num_blocks} blocks and a request of max_model_len {max_model_len} needs {needed}: "
-            f"lower max_model_len to {num_blocks * config.block_size} or raise kv_cache_gib (num_kv_blocks)"
+            f"batch_invariant true is not available on device {device.type!r} yet: "
+            "set device to 'cpu', or batch_invariant to false"
         )
-    return num_blocks
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"batch_invariant true is not available in dtype {name!r}: "
+            "set dtype to 'float32', or batch_invariant to false"
+        )
+
+
+def resolve_budget(config: EngineConfig, device: str) -> int:
+    """Tokens a step. Raises ConfigError when the decodes of a full engine would leave nothing for prefills."""
+    default = CPU_BUDGET if device == "cpu" else GPU_BUDGET
+    budget = config.max_num_batched_tokens or max(default, config.max_num_seqs)
+    if budget < config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}: "
+            "a step must have a token for each request; raise the one or lower the other"
+        )
+    return budget

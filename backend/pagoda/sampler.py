@@ -1,53 +1,195 @@
-"""From a step's logits to its tokens: a row for each chunk that samples, by its own request's parameters."""
+"""From a step's logits to its tokens: a row for each chunk that samples, by its own request's parameters.
+
+What few requests ask for (penalties, masks, log-probabilities) costs a step nothing when none of its requests does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from pagoda_kernels import Ops, SamplingBatch
 
-from pagoda.scheduler import Chunk
+from pagoda.errors import EngineFailure, PagodaError
+from pagoda.logits_edits import EditsBuilder
+from pagoda.plan import Chunk, Collected
+from pagoda.protocol import TokenLogprob
+from pagoda.transfer import Download, upload
+
+MAX_SCORED_ROWS = 256
+"""Rows of a prompt whose logits are computed at once: they take vocabulary-sized memory each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """A step's samples on their way."""
 
+    chunks: list[Chunk]
+    """Those that are sampled."""
     tokens: torch.Tensor
     """[S] int64 on the device."""
+    arriving: Download
+    """The tokens, and the parts of `TopLogprobs` where log-probabilities are wanted."""
+    scored: list[int]
+    """Rows of S whose requests want log-probabilities."""
+    failures: list[tuple[Chunk, PagodaError]]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of prompt tokens on their way, by chunk."""
+
+    chunks: list[Chunk]
+    targets: list[list[int]]
+    """The tokens that are scored, those that follow a chunk's own."""
+    arriving: list[Download]
+    """The parts of `TopLogprobs`, at most MAX_SCORED_ROWS rows each, over all targets in order."""
 
 
 class Sampler:
-    def __init__(self, ops: Ops, device: torch.device) -> None:
+    def __init__(self, ops: Ops, device: torch.device, vocab_size: int) -> None:
         self._ops = ops
         self._device = device
+        self._edits = EditsBuilder(vocab_size)
+        self._nothing = torch.zeros(0, device=device)
 
     def launch(self, chunks: list[Chunk], logits: torch.Tensor) -> Draw:
-        """Draw one token for each chunk from logits [S, V] of any float type."""
-        return Draw(self._ops.sample(logits.float(), _batch(chunks, self._device)))
+        """Draw one token for each chunk from logits [S, V] of any float type, which may be overwritten."""
+        logits = logits.float()
+        scored = [row for row, c in enumerate(chunks) if c.request.params.logprobs is not None]
+        edits, failures = self._edits.build(chunks, self._device)
+        raw = logits
+        if edits is not None:
+            raw = logits.clone() if scored else logits
+            self._ops.edit_logits(logits, edits)
+        tokens = self._ops.sample(logits, self._batch(chunks))
+        arriving = [tokens]
+        if scored:
+            most = max(chunks[row].request.params.logprobs or 0 for row in scored)
+            arriving += self._score(raw[scored], tokens[scored], most)
+        return Draw(chunks, tokens, Download(arriving), scored, failures)
 
-    def collect(self, draw: Draw) -> list[int]:
-        """The tokens; waits for the device."""
-        tokens: list[int] = draw.tokens.tolist()
-        return tokens
+    def _score(self, logits: torch.Tensor, tokens: torch.Tensor, most: int) -> list[torch.Tensor]:
+        found = self._ops.top_logprobs(logits, tokens, most)
+        return [found.logprob, found.rank, found.top_ids, found.top_logprobs]
+
+    def _batch(self, chunks: list[Chunk]) -> SamplingBatch:
+        params = [c.request.params for c in chunks]
+        if all(p.temperature == 0 for p in params):
+            nothing = self._nothing.expand(0)
+            return SamplingBatch(nothing, nothing, nothing, nothing, nothing, nothing, True, False, False, False)
+        temperature, top_k, top_p, min_p, seeds, positions = upload(
+            [
+                np.array([p.temperature for p in params], np.float32),
+                np.array([max(p.top_k, 0) for p in params], np.int32),
+                np.array([p.top_p for p in params], np.float32),
+                np.array([p.min_p for p in params], np.float32),
+                np.array([c.request.seed for c in chunks], np.int64),
+                np.array([c.start + c.count - c.request.num_prompt_tokens for c in chunks], np.int64),
+            ],
+            self._device,
+        )
+        return SamplingBatch(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            positions=positions,
+            all_greedy=False,
+            any_top_k=any(p.top_k > 0 for p in params),
+            any_top_p=any(p.top_p < 1 for p in params),
+            any_min_p=any(p.min_p > 0 for p in params),
+        )
+
+    def score_prompts(
+        self, chunks: list[Chunk], hidden: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor]
+    ) -> PromptScores | None:
+        """Log-probabilities of the prompt tokens that follow those of a step, for the requests that want them.
+
+        hidden: [T, hidden] of all chunks in order. `logits_of` gives [N, V] for [N, hidden].
+        """
+        wanted = [c for c in chunks if c.request.needs_prompt_logprobs]
+        if not wanted:
+            return None
+        rows, targets = _prompt_rows(chunks)
+        tokens = [token for group in targets for token in group]
+        most = max(c.request.params.prompt_logprobs or 0 for c in wanted)
+        arriving = []
+        for first in range(0, len(rows), MAX_SCORED_ROWS):
+            part = slice(first, first + MAX_SCORED_ROWS)
+            places, expected = upload([np.array(rows[part]), np.array(tokens[part])], self._device)
+            arriving.append(Download(self._score(logits_of(hidden[places]).float(), expected, most)))
+        return PromptScores(wanted, targets, arriving)
+
+    def collect(self, draw: Draw | None, prompts: PromptScores | None) -> Collected:
+        """What a step brought; waits for the device."""
+        prompt_logprobs = _read_prompts(prompts) if prompts is not None else ()
+        if draw is None:
+            return Collected([], None, prompt_logprobs)
+        arrived = draw.arriving.wait()
+        tokens: list[int] = arrived[0].tolist()
+        logprobs: list[TokenLogprob | None] | None = None
+        if draw.scored:
+            logprobs = [None] * len(tokens)
+            asked = [draw.chunks[row].request.params.logprobs or 0 for row in draw.scored]
+            scored = _read([tokens[row] for row in draw.scored], asked, arrived[1:])
+            for row, logprob in zip(draw.scored, scored, strict=True):
+                logprobs[row] = logprob
+        return Collected(tokens, logprobs, prompt_logprobs, draw.failures + self._accept(draw, tokens))
+
+    def _accept(self, draw: Draw, tokens: list[int]) -> list[tuple[Chunk, PagodaError]]:
+        """Tell each grammar the token that came, but those that failed before it."""
+        failed = {chunk.request for chunk, _ in draw.failures}
+        failures: list[tuple[Chunk, PagodaError]] = []
+        for chunk, token in zip(draw.chunks, tokens, strict=True):
+            if chunk.request.matcher is not None and not chunk.is_stale and chunk.request not in failed:
+                try:
+                    if not chunk.request.matcher.accept(token):
+                        failures.append((chunk, EngineFailure(f"token {token} does not follow the grammar")))
+                except PagodaError as error:
+                    failures.append((chunk, error))
+        return failures
 
 
-def _batch(chunks: list[Chunk], device: torch.device) -> SamplingBatch:
-    params = [c.request.params for c in chunks]
+def _prompt_rows(chunks: list[Chunk]) -> tuple[list[int], list[list[int]]]:
+    """Rows of a step whose next token is known and wanted, and for each chunk that wants any, these tokens."""
+    rows: list[int] = []
+    targets = []
+    start = 0
+    for chunk in chunks:
+        request = chunk.request
+        if request.needs_prompt_logprobs:
+            first = max(chunk.start, len(request.prompt_logprobs))
+            last = min(chunk.start + chunk.count, request.num_prompt_tokens - 1)
+            rows += range(start + first - chunk.start, start + last - chunk.start)
+            targets.append(request.prompt_ids[first + 1 : last + 1])
+        start += chunk.count
+    return rows, targets
 
-    def column(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
 
-    return SamplingBatch(
-        temperature=column([p.temperature for p in params], torch.float32),
-        top_k=column([max(p.top_k, 0) for p in params], torch.int32),
-        top_p=column([p.top_p for p in params], torch.float32),
-        min_p=column([p.min_p for p in params], torch.float32),
-        seeds=column([c.request.seed for c in chunks], torch.int64),
-        positions=column([c.start + c.count - c.request.num_prompt_tokens for c in chunks], torch.int64),
-        all_greedy=all(p.temperature == 0 for p in params),
-        any_top_k=any(p.top_k > 0 for p in params),
-        any_top_p=any(p.top_p < 1 for p in params),
-        any_min_p=any(p.min_p > 0 for p in params),
-    )
+def _read_prompts(prompts: PromptScores) -> list[tuple[Chunk, list[TokenLogprob]]]:
+    tokens = [token for group in prompts.targets for token in group]
+    asked = [
+        chunk.request.params.prompt_logprobs or 0
+        for chunk, group in zip(prompts.chunks, prompts.targets, strict=True)
+        for _ in group
+    ]
+    scores: list[TokenLogprob] = []
+    for download in prompts.arriving:
+        part = slice(len(scores), len(scores) + MAX_SCORED_ROWS)
+        scores += _read(tokens[part], asked[part], download.wait())
+    following = iter(scores)
+    return [
+        (chunk, [next(following) for _ in group]) for chunk, group in zip(prompts.chunks, prompts.targets, strict=True)
+    ]
+
+
+def _read(tokens: list[int], asked: list[int], parts: Sequence[torch.Tensor]) -> Iterator[TokenLogprob]:
+    """Parts of `TopLogprobs` on the host as what travels; of the best tokens, as many as each row asked for."""
+    logprobs, ranks, ids, values = (part.tolist() for part in parts)
+    for row, token in enumerate(tokens):
+        top = list(zip(ids[row][: asked[row]], values[row][: asked[row]], strict=True))
+        yield TokenLogprob(token, logprobs[row], ranks[row], top)

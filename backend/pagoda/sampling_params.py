@@ -6,7 +6,7 @@ so nothing unvalidated reaches the loop.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -19,6 +19,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 64
+MAX_SALT_CHARS = 256
 
 
 class Structure(msgspec.Struct, frozen=True):
@@ -73,30 +74,151 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         )
 
 
-def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+class Range(msgspec.Struct, frozen=True):
+    """The numbers that a field may hold; `above` leaves the lower bound itself out."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """False for NaN too."""
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"in {'(' if self.above else '['}{_plain(self.low)}, {_plain(self.high)}]"
+
+
+def _plain(number: float) -> str:
+    return "2^63 - 1" if number == 2**63 - 1 else "-2^63" if number == -(2**63) else f"{number:.12g}"
+
+
+RANGES = {
+    "max_tokens": Range(1, 2**31 - 1),
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1, above=True),
+    "top_k": Range(-1, 2**31 - 1),
+    "min_p": Range(0, 1),
+    "seed": Range(-(2**63), 2**63 - 1),
+    "min_tokens": Range(0, 2**31 - 1),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 10, above=True),
+    "logprobs": Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS),
+    "n": Range(1, 128),
+    "priority": Range(-100, 100),
+    "timeout": Range(0, 86400, above=True),
+}
+"""What each field that is a number may hold, for the checks below and for docs/api.md."""
+
+
+BIAS_RANGE = Range(-100, 100)
+
+
+def require(ok: bool, field: str, value: object, allowed: str) -> None:
+    """Raises InvalidRequest naming field, value and what is allowed unless `ok`."""
     if not ok:
-        raise InvalidRequest(f"{field} must be {allowed}, not {value!r}", field=field)
+        raise InvalidRequest(f"{field} must be {allowed}, not {_short(value)}", field=field)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def check_range(field: str, value: float | None) -> None:
+    """Raises InvalidRequest when the number is outside the field's range; None is a field left out."""
+    if value is not None:
+        require(value in RANGES[field], field, value, str(RANGES[field]))
 
 
 def check(params: SamplingParams, *, vocab_size: int) -> None:
     """Raises InvalidRequest naming field, value and allowed range."""
-    p = params
-    if p.max_tokens is not None:
-        _require(1 <= p.max_tokens < 2**31, "max_tokens", p.max_tokens, "at least 1")
-    _require(math.isfinite(p.temperature) and 0 <= p.temperature <= 100, "temperature", p.temperature, "in [0, 100]")
-    _require(0 < p.top_p <= 1, "top_p", p.top_p, "in (0, 1]")
-    _require(-1 <= p.top_k < 2**31, "top_k", p.top_k, "at least 1 (or 0 or -1 to turn it off)")
-    _require(0 <= p.min_p <= 1, "min_p", p.min_p, "in [0, 1]")
-    if p.seed is not None:
-        _require(-(2**63) <= p.seed < 2**63, "seed", p.seed, "a 64-bit integer")
-    _require(
-        len(p.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
-        "stop_token_ids",
-        f"{len(p.stop_token_ids)} ids",
-        f"at most {MAX_STOP_TOKEN_IDS} ids",
-    )
-    for token in p.stop_token_ids:
-        _require(0 <= token < vocab_size, "stop_token_ids", token, f"token ids below {vocab_size}")
+    for field in _NUMBERS:
+        check_range(field, getattr(params, field))
+    _check_order(params.min_tokens, params.max_tokens)
+    _check_size("stop_token_ids", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    _check_bias(params.logit_bias, vocab_size)
+    _check_allowed(params, vocab_size)
+    _check_bad_words(params.bad_words, vocab_size)
+    _check_structure(params)
+
+
+_NUMBERS = tuple(field for field in SamplingParams.__struct_fields__ if field in RANGES)
+
+
+def _check_order(min_tokens: int, max_tokens: int | None) -> None:
+    allowed = f"at most max_tokens ({max_tokens})"
+    require(max_tokens is None or min_tokens <= max_tokens, "min_tokens", min_tokens, allowed)
+
+
+def _check_size(field: str, size: int, limit: int, unit: str) -> None:
+    if size > limit:
+        raise InvalidRequest(f"{field} holds {size} {unit}; the most allowed is {limit}", field=field)
+
+
+def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    for token in ids:
+        require(0 <= token < vocab_size, field, token, f"made of token ids in [0, {vocab_size})")
+
+
+def _check_bias(bias: dict[int, float], vocab_size: int) -> None:
+    _check_size("logit_bias", len(bias), MAX_LOGIT_BIAS, "entries")
+    _check_ids("logit_bias", bias, vocab_size)
+    for token, value in bias.items():
+        allowed = f"{BIAS_RANGE} for token {token}"
+        require(value in BIAS_RANGE, "logit_bias", value, allowed)
+
+
+def _check_allowed(params: SamplingParams, vocab_size: int) -> None:
+    """An output needs a token that may come at any place: neither one that ends it nor one that is a bad word."""
+    allowed = params.allowed_token_ids
+    if allowed is None:
+        return
+    require(len(allowed) > 0, "allowed_token_ids", [], "a list of at least one token id")
+    _check_size("allowed_token_ids", len(allowed), vocab_size, "ids")
+    _check_ids("allowed_token_ids", allowed, vocab_size)
+    barred = {word[0] for word in params.bad_words if len(word) == 1}
+    if params.min_tokens > 0:
+        barred.update(params.stop_token_ids)
+    if barred.issuperset(allowed):
+        raise InvalidRequest(
+            "allowed_token_ids leaves no token that may come: bad_words, or stop_token_ids before min_tokens, bar "
+            "all of them; allow another id",
+            field="allowed_token_ids",
+        )
+
+
+def _check_bad_words(words: tuple[tuple[int, ...], ...], vocab_size: int) -> None:
+    _check_size("bad_words", len(words), MAX_BAD_WORDS, "token sequences")
+    for word in words:
+        limits = f"made of sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens"
+        require(1 <= len(word) <= MAX_BAD_WORD_TOKENS, "bad_words", f"one of {len(word)} tokens", limits)
+        _check_ids("bad_words", word, vocab_size)
+
+
+def _check_structure(params: SamplingParams) -> None:
+    """The structure alone decides what may come and when the output ends."""
+    if params.structure is None:
+        return
+    for field in ("allowed_token_ids", "bad_words", "min_tokens", "ignore_eos"):
+        value = getattr(params, field)
+        if value is not None and value:
+            raise InvalidRequest(
+                f"{field} cannot be combined with structured output, which decides what may come and where it ends: "
+                f"leave one of them out, not {field}={_short(value)}",
+                field=field,
+            )
+
+
+def check_request(*, n: int = 1, priority: int = 0, timeout: float | None = None, cache_salt: str = "") -> None:
+    """What a request holds beside its sampling parameters. Raises InvalidRequest as `check`."""
+    check_range("n", n)
+    check_range("priority", priority)
+    check_range("timeout", timeout)
+    _check_size("cache_salt", len(cache_salt), MAX_SALT_CHARS, "characters")
 
 
 def check_length(num_prompt_tokens: int, params: SamplingParams, *, max_model_len: int) -> int:
@@ -114,6 +236,7 @@ def check_length(num_prompt_tokens: int, params: SamplingParams, *, max_model_le
             f"{max_model_len} tokens by {wanted - left}: shorten the prompt or lower max_tokens",
             field="max_tokens" if left > 0 else "prompt",
         )
+    _check_order(params.min_tokens, wanted)
     return wanted
 
 

@@ -1,8 +1,9 @@
 """Which tokens of which requests run in the next step, and in which blocks.
 
 Pure Python, no torch, deterministic. One token budget a step: decodes first, then chunks of running prefills, then
-waiting requests in order of arrival. A request takes the blocks of all its known tokens when it is admitted, so only
-decodes ever run out; then the newest request is preempted and recomputed later.
+waiting requests, each in the order of rank (`pagoda.waiting`). A request takes the blocks of all its known tokens when
+it is admitted, so only decodes ever run out; then the last in rank is preempted and recomputed later. After
+`MAX_PREEMPTIONS` a request is *settled*: it waits until all the blocks it may ever need are free, and keeps them.
 
 The runner may be one step ahead: `schedule` counts a token that is still being sampled as pending, and `update` drops
 what a step computed for a request that has ended or was preempted meanwhile.
@@ -10,62 +11,21 @@ what a step computed for a request that has ended or was preempted meanwhile.
 
 from __future__ import annotations
 
-import heapq
 import time
+from bisect import insort
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import repeat
 
+from pagoda import waiting
 from pagoda.block_pool import BlockPool
-from pagoda.errors import Overloaded
-from pagoda.protocol import FinishReason
+from pagoda.plan import Chunk, Plan, Progress
+from pagoda.protocol import FinishReason, TokenLogprob
 from pagoda.request import Request, Status
+from pagoda.waiting import LazyHeap, WaitingQueue
 
-
-@dataclass(slots=True)
-class Chunk:
-    """Tokens [start, start + count) of a request in one step. Never changed (frozen would cost a third of a step)."""
-
-    request: Request
-    start: int
-    count: int
-    samples: bool
-    """True when the chunk reaches the request's end, so that its last row of logits is sampled."""
-    reads_pending: bool
-    """True when the chunk's token is still on the device."""
-    epoch: int
-
-    @property
-    def is_stale(self) -> bool:
-        return self.request.status is not Status.RUNNING or self.request.epoch != self.epoch
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step: decodes first, then prefill chunks."""
-
-    step: int
-    chunks: list[Chunk] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
-
-    @property
-    def num_decodes(self) -> int:
-        """Leading chunks of one token that continue a sequence."""
-        return next((i for i, c in enumerate(self.chunks) if c.count > 1 or c.start == 0), len(self.chunks))
-
-    def __bool__(self) -> bool:
-        return bool(self.chunks)
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a step brought a request."""
-
-    request: Request
-    new_token_ids: list[int]
-    finish_reason: FinishReason | None
+MAX_PREEMPTIONS = 3
+"""Of one request; then it is settled."""
 
 
 @dataclass(slots=True)
@@ -86,6 +46,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_num_queued_requests: int,
+        max_num_queued_tokens: int,
         enable_prefix_caching: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -93,48 +54,46 @@ class Scheduler:
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_num_queued_requests = max_num_queued_requests
         self.enable_prefix_caching = enable_prefix_caching
         self.clock = clock
         self.counters = Counters()
         self.running: list[Request] = []
+        """In the order of rank."""
+        self.waiting = WaitingQueue(max_requests=max_num_queued_requests, max_tokens=max_num_queued_tokens)
         self._requests: dict[Hashable, Request] = {}
-        self._waiting: list[tuple[int, Request]] = []
+        self._deadlines: LazyHeap[float] = LazyHeap()
         self._arrivals = 0
         self._steps = 0
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._requests) - len(self.running)
 
     @property
     def requests(self) -> Mapping[Hashable, Request]:
         """Everything not finished, by key."""
         return self._requests
 
+    # ── comings and goings ────────────────────────────────────────────────────────────────────────────────────────
+
     def add(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded when the queue is full, ValueError for a key in use or no room ever."""
-        if self.num_waiting >= self.max_num_queued_requests:
-            raise Overloaded(
-                f"{self.num_waiting} requests are waiting (max_num_queued_requests {self.max_num_queued_requests}): "
-                "try again later"
-            )
-        if request.key in self._requests:
-            raise ValueError(f"request {request.key!r} is live already")
+        """Queue a request and its forks. Raises Overloaded when the queue is full, ValueError for what cannot be."""
+        group = [request, *request.forks]
+        self.waiting.check_room(group)
+        for member in group:
+            if member.key in self._requests:
+                raise ValueError(f"request {member.key!r} is live already")
         if self._num_blocks(request.num_prompt_tokens + request.max_tokens) > self.pool.num_blocks:
             raise ValueError(f"request {request.key!r} can grow beyond the pool of {self.pool.num_blocks} blocks")
-        request.arrival_time = self.clock()
-        request.arrival = self._arrivals
+        now = self.clock()
+        for member in group:
+            self._enter(member, now)
+        self.waiting.ready(request)
+
+    def _enter(self, request: Request, now: float) -> None:
+        request.arrival_time = now
+        request.rank = waiting.rank(request, self._arrivals)
         self._arrivals += 1
         self._requests[request.key] = request
-        heapq.heappush(self._waiting, (request.arrival, request))
-        self._forget_ended()
-
-    def _forget_ended(self) -> None:
-        """Aborted requests leave the heap when they come up; a busy engine would keep many of them until then."""
-        if len(self._waiting) > 2 * self.num_waiting + 64:
-            self._waiting = [entry for entry in self._waiting if entry[1].status is Status.WAITING]
-            heapq.heapify(self._waiting)
+        self.waiting.add(request)
+        if request.timeout is not None:
+            self._deadlines.push(request, now + request.timeout)
 
     def abort(self, key: Hashable, reason: FinishReason = "abort") -> Request | None:
         """End a request in whatever state it is; its blocks are free at once. None when it has ended already."""
@@ -142,6 +101,28 @@ class Scheduler:
         if request is not None:
             self._finish(request, reason)
         return request
+
+    def expire(self) -> list[Request]:
+        """End the requests whose time is up, and name them."""
+        expired = []
+        while (entry := self._deadlines.first()) and entry[0] <= self.clock():
+            self._finish(entry[1], "abort")
+            expired.append(entry[1])
+        return expired
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        del self._requests[request.key]
+        self._deadlines.discard(request)
+        self._bequeath(request)
+
+    # ── a step ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> Plan:
         """The next step; empty when nothing can run."""
@@ -156,10 +137,17 @@ class Scheduler:
     def _schedule_decodes(self, plan: Plan, budget: int) -> int:
         used = 0
         for request in list(self.running):
-            if used < budget and request.is_decoding and not self._will_end(request) and self._make_room(request):
+            if used < budget and request.is_decoding and self._can_decode(request) and self._make_room(request):
                 self._grant(plan, request, 1)
                 used += 1
         return used
+
+    def _can_decode(self, request: Request) -> bool:
+        """False when a pending token fills the request's limit, or must be known before the next one is drawn."""
+        if not request.num_pending:
+            return True
+        ends = request.num_output_tokens + request.num_pending >= request.max_tokens
+        return not ends and not request.params.depends_on_output
 
     def _schedule_prefills(self, plan: Plan, budget: int) -> int:
         used = 0
@@ -170,20 +158,15 @@ class Scheduler:
 
     def _admit(self, plan: Plan, budget: int) -> None:
         while budget > 0 and len(self.running) < self.max_num_seqs:
-            request = self._next_waiting()
-            if request is None or not self._take_blocks(request):
+            request = self.waiting.first()
+            if request is None or not self._take_blocks(request, plan):
                 return
-            heapq.heappop(self._waiting)
+            self.waiting.remove(request)
             request.status = Status.RUNNING
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = self.clock()
-            self.running.append(request)
+            insort(self.running, request, key=_rank)
             budget -= self._grant(plan, request, min(request.num_uncomputed, budget))
-
-    def _next_waiting(self) -> Request | None:
-        while self._waiting and self._waiting[0][1].status is not Status.WAITING:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][1] if self._waiting else None
 
     def _grant(self, plan: Plan, request: Request, count: int) -> int:
         start = request.num_computed
@@ -193,49 +176,62 @@ class Scheduler:
         request.num_pending += samples
         return count
 
-    def _will_end(self, request: Request) -> bool:
-        """True when the pending tokens already fill the request's limit: a further step would be wasted."""
-        return request.num_output_tokens + request.num_pending >= request.max_tokens
-
     # ── blocks ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _take_blocks(self, request: Request) -> bool:
-        """Give a waiting request the blocks of all its tokens, shared ones where a prefix is cached."""
-        known = self._find_prefix(request)
-        wanted = self._num_blocks(request.num_tokens) - len(known)
+    def _take_blocks(self, request: Request, plan: Plan) -> bool:
+        """Give a waiting request the blocks of all its tokens, shared ones where their content is known already."""
+        known, num_known = self._find_known(request, plan)
+        full = num_known // self.block_size
+        shared, partly_filled = known[:full], known[full:]
+        most = request.num_prompt_tokens + request.max_tokens if _is_settled(request) else request.num_tokens
+        wanted = self._num_blocks(most) - full
         margin = len(self.running)
-        if wanted + self.pool.num_unreferenced(known) + margin > self.pool.num_free:
+        if wanted + self.pool.num_unreferenced(shared) + margin > self.pool.num_free:
             return False
-        self.pool.share(known)
-        request.block_ids = known + self.pool.take(wanted)
-        request.num_computed = len(known) * self.block_size
-        request.num_published = len(known)
+        self.pool.share(shared)
+        request.block_ids = shared + self.pool.take(wanted)
+        request.num_computed = num_known
+        request.num_published = full
+        plan.copies += [(block, request.block_ids[full]) for block in partly_filled]
         self._count_prefix(request)
         return True
 
+    def _find_known(self, request: Request, plan: Plan) -> tuple[list[int], int]:
+        """Blocks with the request's first tokens, and how many tokens; the last block may be filled in part.
+
+        The last token of a prompt is always computed: its logits are needed.
+        """
+        cached = self._find_prefix(request)
+        leader = request.fork_of
+        if leader is not None and leader.status is Status.RUNNING:
+            before = next((c.start for c in plan.chunks if c.request is leader), leader.num_computed)
+            shared = request.num_prompt_tokens - 1
+            if before >= shared > len(cached) * self.block_size:
+                return leader.block_ids[: self._num_blocks(shared)], shared
+        return cached, len(cached) * self.block_size
+
     def _find_prefix(self, request: Request) -> list[int]:
-        """Cached blocks of the request's beginning. Its last token is always computed: its logits are needed."""
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or request.needs_prompt_logprobs:
             return []
         usable = (request.num_tokens - 1) // self.block_size
         return self.pool.find(request.block_hash(i, self.block_size) for i in range(usable))
 
     def _count_prefix(self, request: Request) -> None:
-        if self.enable_prefix_caching and request.first_scheduled_time is None:
+        if self.enable_prefix_caching and request.first_scheduled_time is None and request.fork_of is None:
             request.num_cached = request.num_computed
             self.counters.prefix_queried_tokens += request.num_prompt_tokens
             self.counters.prefix_hit_tokens += request.num_cached
 
     def _make_room(self, request: Request) -> bool:
-        """A block for the request's next token, by preempting the newest where none is free. False: it was itself."""
+        """A block for the request's next token, by preempting the last in rank. False when that was itself."""
         while self._num_blocks(request.num_computed + 1) > len(request.block_ids):
             if self.pool.num_free:
                 request.block_ids += self.pool.take(1)
                 continue
-            victim = max(self.running, key=lambda r: r.arrival)
+            victim = next(r for r in reversed(self.running) if not _is_settled(r))
             self._preempt(victim)
             if victim is request:
                 return False
@@ -249,21 +245,46 @@ class Scheduler:
         request.epoch += 1
         request.num_pending = request.num_computed = request.num_published = 0
         self.counters.preemptions += 1
-        heapq.heappush(self._waiting, (request.arrival, request))
+        self.waiting.add(request)
+        self.waiting.ready(request)
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_ids)
         request.block_ids = []
 
+    # ── forks ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _release_forks(self, leader: Request) -> None:
+        """The prompt has been computed: whoever wants another answer to it may share its blocks."""
+        for fork in leader.forks:
+            if fork.status is Status.WAITING:
+                self.waiting.ready(fork)
+        leader.forks = []
+
+    def _bequeath(self, leader: Request) -> None:
+        """A request that ends before its prompt was computed leaves that to the first of its forks."""
+        heirs = [fork for fork in leader.forks if fork.status is Status.WAITING]
+        leader.forks = []
+        if heirs:
+            first = heirs[0]
+            self.waiting.remove(first)
+            first.fork_of, first.forks = None, heirs[1:]
+            for fork in first.forks:
+                fork.fork_of = first
+            self.waiting.add(first)
+            self.waiting.ready(first)
+
     # ── results ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def update(self, plan: Plan, sampled: list[int]) -> list[Progress]:
+    def update(
+        self, plan: Plan, sampled: list[int], logprobs: list[TokenLogprob | None] | None = None
+    ) -> list[Progress]:
         """Take in a step's samples, one for each chunk with `samples`, in the plan's order."""
-        tokens = iter(sampled)
-        return [progress for chunk in plan.chunks for progress in self._advance(chunk, tokens)]
+        samples = zip(sampled, logprobs or repeat(None), strict=False)
+        return [progress for chunk in plan.chunks for progress in self._advance(chunk, samples)]
 
-    def _advance(self, chunk: Chunk, tokens: Iterator[int]) -> Iterator[Progress]:
-        token = next(tokens) if chunk.samples else None
+    def _advance(self, chunk: Chunk, samples: Iterator[tuple[int, TokenLogprob | None]]) -> Iterator[Progress]:
+        token, logprob = next(samples) if chunk.samples else (None, None)
         request = chunk.request
         if chunk.is_stale:
             return
@@ -273,10 +294,12 @@ class Scheduler:
             self._stamp(request)
         self._publish_blocks(request, chunk.start + chunk.count)
         if token is not None:
+            if request.forks:
+                self._release_forks(request)
             reason = self._finish_reason(request, token)
             if reason is not None:
                 self._finish(request, reason)
-            yield Progress(request, [token], reason)
+            yield Progress(request, [token], reason, logprob)
 
     def _stamp(self, request: Request) -> None:
         request.last_token_time = self.clock()
@@ -292,33 +315,43 @@ class Scheduler:
         request.num_published = max(request.num_published, full)
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
-        if token in request.stop_ids:
+        if token in request.stop_ids or (request.matcher is not None and request.matcher.is_finished):
             return "stop"
         if request.num_output_tokens >= request.max_tokens:
             return "length"
         return None
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        if request.status is Status.RUNNING:
-            self.running.remove(request)
-            self._release(request)
-        request.status = Status.FINISHED
-        request.finish_reason = reason
-        del self._requests[request.key]
+    # ── what it holds ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def num_wasted_slots(self) -> int:
+        """Slots of the cache, in tokens, that requests have reserved and have no token for."""
+        return sum(max(0, len(r.block_ids) * self.block_size - r.num_tokens) for r in self.running)
 
     def check(self) -> None:
         """Prove the memory's invariants. Raises AssertionError."""
         self.pool.check(request.block_ids for request in self.running)
+        if len(self.waiting) + len(self.running) != len(self._requests):
+            raise AssertionError(
+                f"{len(self.waiting)} requests wait and {len(self.running)} run of {len(self._requests)}"
+            )
         for request in self._requests.values():
             if request.status is Status.WAITING and request.block_ids:
                 raise AssertionError(f"waiting request {request.key!r} holds blocks {request.block_ids}")
         for request in self.running:
-            if len(request.block_ids) * self.block_size < request.num_computed:
-                raise AssertionError(
-                    f"request {request.key!r} computed {request.num_computed} tokens beyond its blocks"
-                )
-            for block in request.block_ids[request.num_computed // self.block_size :]:
-                if not self.pool.is_private(block):
-                    raise AssertionError(
-                        f"block {block}, which request {request.key!r} writes to, is shared or published"
-                    )
+            self._check_blocks(request)
+
+    def _check_blocks(self, request: Request) -> None:
+        if len(request.block_ids) * self.block_size < request.num_computed:
+            raise AssertionError(f"request {request.key!r} computed {request.num_computed} tokens beyond its blocks")
+        for block in request.block_ids[request.num_computed // self.block_size :]:
+            if not self.pool.is_private(block):
+                raise AssertionError(f"block {block}, which request {request.key!r} writes to, is shared or published")
+
+
+def _rank(request: Request) -> tuple[float, int]:
+    return request.rank
+
+
+def _is_settled(request: Request) -> bool:
+    return request.epoch >= MAX_PREEMPTIONS

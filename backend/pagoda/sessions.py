@@ -12,20 +12,23 @@ import contextlib
 import logging
 import os
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from pagoda import protocol as wire
-from pagoda import sampling_params
-from pagoda.engine import Cancel, Command, Event, Pulse, Refusal, StepResult, Submit
-from pagoda.errors import EngineUnavailable, InvalidRequest, PagodaError
+from pagoda.admission import admit, group
+from pagoda.engine import Cancel, Command, Event, Pulse, Refusal, StepResult, Submit, key_of
+from pagoda.errors import EngineFailure, EngineUnavailable, InvalidRequest, Overloaded, PagodaError
 from pagoda.request import Request
+from pagoda.sampling_params import Structure
+from pagoda.structured import Compiler
 
 log = logging.getLogger("pagoda.sessions")
 
@@ -35,6 +38,12 @@ PING_TIMEOUT = 5.0
 """Seconds without a ping after which a session's client counts as gone. It is the grace of an unload, too."""
 IDLE_PING_TIMEOUT = 2.5
 """The same for a session without requests: closing it costs its client nothing and lets an unload go on."""
+MAX_ANSWERS = 128
+"""To one prompt."""
+COMPILERS = 2
+"""Grammars that are compiled at a time."""
+MAX_COMPILING = 256
+"""Requests of a session that may wait for their grammars."""
 
 
 @dataclass(slots=True)
@@ -44,8 +53,18 @@ class Session:
     live: set[int] = field(default_factory=set)
     sent: int = 0
     acked: int = 0
+    compiling: set[int] = field(default_factory=set)
+    """Live requests whose grammar is not ready yet: the loop does not know them."""
     backlog: dict[int, wire.Output] = field(default_factory=dict)
     """Outputs that wait for credit, merged by request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A request and its forks have their matchers, or why they never will."""
+
+    request: Request
+    error: PagodaError | None = None
 
 
 class Sessions(threading.Thread):
@@ -59,12 +78,14 @@ class Sessions(threading.Thread):
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.bind(address)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | Compiled] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._sessions: dict[str, Session] = {}
         self._commands: queue.SimpleQueue[Command] | None = None
         self._pulse = Pulse()
         self._facts: wire.ModelFacts | None = None
+        self._compiler: Compiler | None = None
+        self._compilers = ThreadPoolExecutor(COMPILERS, "compiler")
         self._epoch = 0
         self._stop_reason: str | None = None
         self._next_sweep = 0.0
@@ -72,13 +93,14 @@ class Sessions(threading.Thread):
 
     # ── called by other threads ───────────────────────────────────────────────────────────────────────────────────
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: Event | Compiled) -> None:
         self._events.put(event)
         os.eventfd_write(self._wake, 1)
 
     def serve(self, commands: queue.SimpleQueue[Command], pulse: Pulse, facts: wire.ModelFacts, epoch: int) -> None:
         """The model is loaded: from now on requests are taken. Tells every open session."""
         self._commands, self._pulse, self._epoch = commands, pulse, epoch
+        self._compiler = Compiler(Path(facts.folder), facts.vocab_size, facts.eos_token_ids)
         self._facts = facts
         os.eventfd_write(self._wake, 1)
 
@@ -161,36 +183,52 @@ class Sessions(threading.Thread):
         try:
             request = self._admit(name, session, message)
         except PagodaError as error:
-            self._send(name, [_failed(message.id, error)])
+            first = message.id
+            self._send(name, [_failed(i, error) for i in range(first, first + max(1, min(message.n, MAX_ANSWERS)))])
             return
-        session.live.add(message.id)
+        ids = range(message.id, message.id + message.n)
+        session.live.update(ids)
+        if message.params.structure is None:
+            self._submit(request)
+        else:
+            session.compiling.update(ids)
+            self._compilers.submit(self._compile, request, message.params.structure)
+
+    def _submit(self, request: Request) -> None:
         assert self._commands is not None
         self._commands.put(Submit(request))
 
+    def _compile(self, request: Request, structure: Structure) -> None:
+        """In a thread of its own: a grammar may take a second."""
+        assert self._compiler is not None
+        try:
+            grammar = self._compiler.compile(structure)
+            for member in (request, *request.forks):
+                member.matcher = grammar.matcher()
+            self.emit(Compiled(request))
+        except PagodaError as error:
+            self.emit(Compiled(request, error))
+        except Exception:
+            log.exception("a grammar could not be compiled")
+            self.emit(Compiled(request, EngineFailure("the grammar could not be compiled; the log has the reason")))
+
     def _admit(self, name: str, session: Session, message: wire.Generate) -> Request:
-        """Check everything about a request. Raises InvalidRequest or EngineUnavailable."""
-        facts = self._facts
-        if facts is None:
+        """Raises InvalidRequest, EngineUnavailable or Overloaded."""
+        if self._facts is None:
             raise EngineUnavailable("the model is still loading: try again in a moment")
-        if message.id in session.live:
-            raise InvalidRequest(f"request id {message.id} is in use in this session", field="id")
-        sampling_params.check(message.params, vocab_size=facts.vocab_size)
-        sampling_params.check_prompt(message.prompt_ids, vocab_size=facts.vocab_size)
-        limit = sampling_params.check_length(len(message.prompt_ids), message.params, max_model_len=facts.max_model_len)
-        params = message.params
-        eos = () if params.ignore_eos else facts.eos_token_ids
-        return Request(
-            key=(name, message.id),
-            prompt_ids=message.prompt_ids,
-            params=params,
-            max_tokens=limit,
-            stop_ids=frozenset((*eos, *params.stop_token_ids)),
-            seed=params.seed if params.seed is not None else secrets.randbits(64) - 2**63,
-            cache_salt=message.cache_salt,
-        )
+        request = admit(name, message, self._facts)
+        for request_id in range(message.id, message.id + message.n):
+            if request_id in session.live:
+                raise InvalidRequest(f"request id {request_id} is in use in this session", field="id")
+        if message.params.structure is not None and len(session.compiling) >= MAX_COMPILING:
+            raise Overloaded(f"{len(session.compiling)} requests wait for their grammars: try again later")
+        return request
 
     def _abort(self, name: str, session: Session, message: wire.Abort) -> None:
-        if message.id in session.live and self._commands is not None:
+        if message.id in session.compiling:
+            session.compiling.discard(message.id)
+            session.live.discard(message.id)
+        elif message.id in session.live and self._commands is not None:
             stopped = message.reason == "stop_string"
             kept = message.tokens_kept if stopped else None
             self._commands.put(Cancel((name, message.id), "stop" if stopped else "abort", kept))
@@ -244,6 +282,22 @@ class Sessions(threading.Thread):
                     self._refuse(name, request_id, error)
                 case wire.Metrics():
                     self._broadcast(event)
+                case Compiled(request, error):
+                    self._begin(request, error)
+
+    def _begin(self, leader: Request, error: PagodaError | None) -> None:
+        """Those of a group that still want their answers go to the loop, or hear why they cannot."""
+        name, _ = key_of(leader)
+        session = self._sessions.get(name)
+        if session is None:
+            return
+        wanted = [r for r in (leader, *leader.forks) if key_of(r)[1] in session.compiling]
+        session.compiling.difference_update(key_of(r)[1] for r in wanted)
+        if error is not None:
+            for request in wanted:
+                self._refuse(name, key_of(request)[1], error)
+        elif wanted:
+            self._submit(group(wanted))
 
     def _deliver(self, step: int, outputs: list[tuple[tuple[str, int], wire.Output]]) -> None:
         by_session: dict[str, list[wire.Output]] = {}
@@ -253,12 +307,12 @@ class Sessions(threading.Thread):
                 by_session.setdefault(name, []).append(output)
                 if output.finish_reason is not None:
                     session.live.discard(request_id)
-        for name, group in by_session.items():
+        for name, ready in by_session.items():
             session = self._sessions[name]
             if session.backlog or not self._has_credit(session):
-                _merge(session.backlog, group)
+                _merge(session.backlog, ready)
             else:
-                self._send(name, [wire.Tokens(step, group)])
+                self._send(name, [wire.Tokens(step, ready)])
 
     def _refuse(self, name: str, request_id: int, error: PagodaError) -> None:
         session = self._sessions.get(name)
@@ -294,5 +348,12 @@ def _merge(backlog: dict[int, wire.Output], outputs: list[wire.Output]) -> None:
         earlier = backlog.get(output.id)
         tokens = earlier.token_ids + output.token_ids if earlier else output.token_ids
         index = earlier.index if earlier else output.index
-        usage = output.usage or (earlier.usage if earlier else None)
-        backlog[output.id] = wire.Output(output.id, index, tokens, output.finish_reason, usage)
+        backlog[output.id] = wire.Output(
+            output.id,
+            index,
+            tokens,
+            output.finish_reason,
+            output.usage or (earlier.usage if earlier else None),
+            (earlier.logprobs or []) + (output.logprobs or []) if earlier and earlier.logprobs else output.logprobs,
+            earlier.prompt_logprobs if earlier else output.prompt_logprobs,
+        )

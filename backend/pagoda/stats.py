@@ -9,9 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 
+from pagoda.plan import Plan, Progress
 from pagoda.protocol import Histogram, Metrics
 from pagoda.request import Request
-from pagoda.scheduler import Plan, Progress, Scheduler
+from pagoda.scheduler import Scheduler
 
 SECONDS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0]
 REQUEST_SECONDS = [
@@ -106,14 +107,16 @@ class Stats:
 
     def snapshot(self, scheduler: Scheduler, num_steps: int) -> Metrics:
         """Everything at this moment. Blocks kept only for the prefix cache count as free."""
-        usage = scheduler.pool.num_owned / scheduler.pool.num_blocks
+        pool = scheduler.pool
+        usage = pool.num_owned / pool.num_blocks
         counters = scheduler.counters
         return Metrics(
             gauges={
                 "num_requests_running": len(scheduler.running),
-                "num_requests_waiting": scheduler.num_waiting,
+                "num_requests_waiting": len(scheduler.waiting),
                 "kv_cache_usage_perc": usage,
                 "gpu_cache_usage_perc": usage,
+                "kv_cache_waste_perc": scheduler.num_wasted_slots / max(1, pool.num_owned * scheduler.block_size),
             },
             counters={
                 "num_preemptions_total": counters.preemptions,

@@ -9,7 +9,22 @@ The ops are for inference: none keeps what a gradient would need.
 
 from .dispatch import MissingKernel, Ops, for_device
 from .linear import PackedWeight
+from .logits_edit import AllowedTokens, Bias, LogitsEdits, Penalties
+from .logprobs import TopLogprobs
 from .paged_attention import AttentionBatch
 from .sampling import SamplingBatch, uniform
 
-__all__ = ["AttentionBatch", "MissingKernel", "Ops", "PackedWeight", "SamplingBatch", "for_device", "uniform"]
+__all__ = [
+    "AllowedTokens",
+    "AttentionBatch",
+    "Bias",
+    "LogitsEdits",
+    "MissingKernel",
+    "Ops",
+    "PackedWeight",
+    "Penalties",
+    "SamplingBatch",
+    "TopLogprobs",
+    "for_device",
+    "uniform",
+]

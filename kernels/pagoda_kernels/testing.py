@@ -18,7 +18,8 @@ def compare(actual: Tensor, expected: Tensor, max_rel: float, rms_rel: float | N
     assert actual.dtype == expected.dtype, f"{actual.dtype}, expected {expected.dtype}"
     if expected.numel() == 0:
         return
-    got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
+    got = actual.detach().double()
+    want = expected.detach().to(got.device).double()
     error = (got - want).abs()
     worst = _coordinates(torch.where(error.isnan(), float("inf"), error))
     scale = want.abs().amax().clamp(min=1e-30)

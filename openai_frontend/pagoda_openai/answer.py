@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda_openai.errors import envelope
-from pagoda_openai.generation import ClientGone, Generation, while_connected
-from pagoda_openai.schemas import UsageBody, usage_body
+from pagoda_openai.generation import Choice, ClientGone, Generation, while_connected
+from pagoda_openai.responses import UsageBody
 from pagoda_openai.settings import Settings
 from pagoda_openai.sse import DONE, EventStream, event
 
@@ -21,7 +21,7 @@ from pagoda_openai.sse import DONE, EventStream, event
 class Shape(Protocol):
     """How an endpoint words its answers."""
 
-    def whole(self, choices: list[tuple[str, str]], usage: UsageBody) -> msgspec.Struct: ...
+    def whole(self, choices: list[Choice], usage: UsageBody) -> msgspec.Struct: ...
 
     def chunks(self, index: int, delta: Delta, *, is_first: bool) -> list[msgspec.Struct]: ...
 
@@ -35,7 +35,7 @@ async def answer(
     try:
         if not stream:
             choices = await while_connected(request, generation.whole())
-            body = shape.whole(choices, usage_body(generation.usages))
+            body = shape.whole(choices, generation.usage())
             return Response(msgspec.json.encode(body), media_type="application/json")
         items = generation.deltas()
         first = await while_connected(request, anext(items))
@@ -59,7 +59,7 @@ async def _events(
             yield b"".join(map(event, shape.chunks(index, delta, is_first=index not in begun)))
             begun.add(index)
         if include_usage:
-            yield event(shape.usage_chunk(usage_body(generation.usages)))
+            yield event(shape.usage_chunk(generation.usage()))
     except PagodaError as error:
         yield event(envelope(error))
     yield DONE

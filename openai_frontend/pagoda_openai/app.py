@@ -12,9 +12,9 @@ from pagoda.registry import Registry
 from pagoda.triton_client import Triton
 
 from pagoda_openai import errors
-from pagoda_openai.generation import Frontend
 from pagoda_openai.http_metrics import HttpMetrics
 from pagoda_openai.middleware import RequestGate
+from pagoda_openai.model import Frontend
 from pagoda_openai.routes import chat, completions, health, metrics, models
 from pagoda_openai.settings import Settings, from_environment
 

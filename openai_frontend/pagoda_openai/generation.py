@@ -1,4 +1,4 @@
-"""From a checked request to text: prompts are encoded, sent through the model's session, and their deltas collected."""
+"""The answers to one HTTP request: sent through the model's session, their deltas collected as they come."""
 
 from __future__ import annotations
 
@@ -6,147 +6,165 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
-from pagoda import sampling_params
-from pagoda.client import Session
+from pagoda.client import RequestStream
 from pagoda.errors import InvalidRequest
-from pagoda.protocol import ModelFacts, Usage
-from pagoda.registry import Registry
-from pagoda.sampling_params import SamplingParams
+from pagoda.protocol import TokenLogprob, Usage
 from pagoda.text.generation import Delta, deltas
 from pagoda.text.stream import TextStream
-from pagoda.text.tokenizer import Tokenizer
 from starlette.requests import Request
 from starlette.types import Receive
 
-from pagoda_openai.settings import Settings
+from pagoda_openai.ask import Ask
+from pagoda_openai.logprobs import LogprobTrace, Placed
+from pagoda_openai.model import Model, Prompt
+from pagoda_openai.responses import PromptTokensDetails, UsageBody
 from pagoda_openai.sse import disconnected
 
 T = TypeVar("T")
 
-MAX_PROMPTS = 256
-"""Prompts in one completion request."""
-LONG_TEXT = 4096
-"""Characters from which on text is tokenized beside the event loop."""
+MAX_ANSWERS = 1024
+"""Answers to all prompts of one request."""
 
 
 class ClientGone(Exception):
     """The client left before its answer began."""
 
 
-class Frontend:
-    """What the routes share: settings, models with their sessions, tokenizers."""
+class Answer:
+    """One answer as it grows. `echo` is what stands before it."""
 
-    def __init__(self, settings: Settings, registry: Registry) -> None:
-        self.settings = settings
-        self.registry = registry
-        self.is_draining = False
-        self._tokenizers: dict[str, Tokenizer] = {}
+    def __init__(self, model: Model, ask: Ask, prompt: Prompt, echo: str, stream: RequestStream) -> None:
+        self.prompt = prompt
+        self.echo = echo
+        self.stream = stream
+        self.usage: Usage | None = None
+        self.prompt_logprobs: list[TokenLogprob] = []
+        shows = {"skip_special_tokens": ask.skip_special_tokens}
+        self._text = TextStream(
+            model.tokenizer,
+            stops=ask.stops,
+            include_stop=ask.include_stop,
+            prompt_ids=prompt.ids,
+            min_tokens=ask.params.min_tokens,
+            **shows,
+        )
+        self._trace = None if ask.logprobs is None else LogprobTrace(model.tokenizer, prompt_ids=prompt.ids, **shows)
 
-    async def tokenizer(self, facts: ModelFacts) -> Tokenizer:
-        """The model's tokenizer, read once."""
-        known = self._tokenizers.get(facts.folder)
-        if known is None:
-            known = await asyncio.to_thread(Tokenizer.from_folder, Path(facts.folder))
-            self._tokenizers[facts.folder] = known
-        return known
+    def deltas(self) -> AsyncIterator[Delta]:
+        return deltas(self.stream, self._text)
 
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model that answers now."""
-
-    session: Session
-    facts: ModelFacts
-    tokenizer: Tokenizer
-
-    async def encode(self, text: str) -> list[int]:
-        """A prompt's token ids. Raises InvalidRequest; a text far too long is refused before it is tokenized."""
-        return await self._beside(len(text), self._encode, text)
-
-    def _encode(self, text: str) -> list[int]:
-        self._check_size(self.tokenizer.min_tokens(text))
-        return self.tokenizer.encode(text)
-
-    async def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation's token ids by the model's chat template. Raises InvalidRequest."""
-        size = sum(len(m["content"]) for m in messages)
-        for message in messages:
-            self._check_size(self.tokenizer.min_tokens(message["content"]))
-        return await self._beside(size, self.tokenizer.encode_chat, messages)
-
-    async def _beside(self, size: int, encode: Callable[[T], list[int]], value: T) -> list[int]:
-        return await asyncio.to_thread(encode, value) if size > LONG_TEXT else encode(value)
-
-    def _check_size(self, at_least: int) -> None:
-        limit = self.facts.max_model_len
-        if at_least >= limit:
-            raise InvalidRequest(
-                f"the prompt has at least {at_least} tokens; the model's context of {limit} tokens is passed by "
-                f"{at_least - limit} or more: shorten it",
-                field="prompt",
-            )
-
-    def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
-        """Everything the engine would refuse, refused here. Raises InvalidRequest."""
-        sampling_params.check(params, vocab_size=self.facts.vocab_size)
-        sampling_params.check_prompt(prompt_ids, vocab_size=self.facts.vocab_size)
-        sampling_params.check_length(len(prompt_ids), params, max_model_len=self.facts.max_model_len)
+    def report(self, delta: Delta) -> list[Placed]:
+        """The tokens that `delta`, the next one, lets be reported; none when nobody asked."""
+        return [] if self._trace is None else self._trace.push(delta)
 
 
-async def model_of(frontend: Frontend, name: str) -> Model:
-    """Raises ModelNotFound or EngineUnavailable."""
-    session = await frontend.registry.find(name)
-    assert session.facts is not None
-    return Model(session, session.facts, await frontend.tokenizer(session.facts))
+class Choice:
+    """A whole answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.text = ""
+        self.finish_reason = ""
+        self.shown: list[Placed] = []
+        """Reports of the shown tokens, where asked for."""
+        self._sum = 0.0
+        self._num_tokens = 0
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.shown += self.answer.report(delta)
+        if delta.logprobs is not None:
+            self._sum += sum(report.logprob for report in delta.logprobs)
+            self._num_tokens += len(delta.logprobs)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, shown or not; 0 for none."""
+        return self._sum / max(1, self._num_tokens)
 
 
 class Generation:
-    """The choices of one HTTP request, each a request of the engine's."""
+    """All answers, `ask.best_of` for each prompt, in the order of the prompts."""
 
-    def __init__(
-        self, model: Model, prompts: list[list[int]], params: SamplingParams, stops: tuple[str, ...], salt: str | None
-    ) -> None:
-        for prompt_ids in prompts:
-            model.check(prompt_ids, params)
+    def __init__(self, model: Model, prompts: list[Prompt], ask: Ask) -> None:
+        """Raises InvalidRequest for what the engine would refuse, and EngineUnavailable."""
+        if len(prompts) * ask.best_of > MAX_ANSWERS:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with {ask.best_of} answers each pass {MAX_ANSWERS}, the most answers of one "
+                f"request: lower n or best_of",
+                field="n",
+            )
+        for prompt in prompts:
+            model.check(prompt.ids, ask.params)
         self.created = int(time.time())
         self.id = secrets.token_hex(12)
-        self.model = model.facts.name
-        self._streams = [model.session.generate(ids, params, cache_salt=salt or "") for ids in prompts]
-        self._texts = [TextStream(model.tokenizer, stops=stops, prompt_ids=ids) for ids in prompts]
-        self._usages: dict[int, Usage] = {}
-
-    @property
-    def usages(self) -> list[Usage]:
-        return [self._usages[i] for i in sorted(self._usages)]
+        self.model = model
+        self.ask = ask
+        self.answers = [answer for prompt in prompts for answer in _answers(model, prompt, ask)]
 
     def abort(self, reason: str) -> None:
         """Nobody wants the rest."""
-        for stream in self._streams:
-            stream.abort("slow_client" if reason == "slow_client" else "client_gone")
+        for answer in self.answers:
+            answer.stream.abort("slow_client" if reason == "slow_client" else "client_gone")
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(choice, delta) as they come; each choice's last has a finish reason. Raises what ended a request."""
+        """(answer, delta) as they come; each answer's last has a finish reason. Raises what ended a request."""
         try:
-            async for index, delta in _merge([deltas(s, t) for s, t in zip(self._streams, self._texts, strict=True)]):
+            async for index, delta in _merge([answer.deltas() for answer in self.answers]):
                 if delta.usage is not None:
-                    self._usages[index] = delta.usage
+                    self.answers[index].usage = delta.usage
+                if delta.prompt_logprobs is not None:
+                    self._share(index, delta.prompt_logprobs)
                 yield index, delta
         finally:
             self.abort("client_gone")  # does nothing for those that have ended
 
-    async def whole(self) -> list[tuple[str, str]]:
-        """(text, finish reason) of each choice."""
-        texts = ["" for _ in self._streams]
-        reasons = ["" for _ in self._streams]
+    def _share(self, index: int, reports: list[TokenLogprob]) -> None:
+        """A prompt's reports are the same for all its answers."""
+        first = index - index % self.ask.best_of
+        for answer in self.answers[first : first + self.ask.best_of]:
+            answer.prompt_logprobs = reports
+
+    async def whole(self) -> list[Choice]:
+        """The answers to show, `ask.n` for each prompt; the likeliest first when there were more to choose from."""
+        choices = [Choice(answer) for answer in self.answers]
         async for index, delta in self.deltas():
-            texts[index] += delta.text
-            reasons[index] = delta.finish_reason or reasons[index]
-        return list(zip(texts, reasons, strict=True))
+            choices[index].add(delta)
+        ask = self.ask
+        if ask.best_of == ask.n:
+            return choices
+        groups = [choices[i : i + ask.best_of] for i in range(0, len(choices), ask.best_of)]
+        return [best for group in groups for best in sorted(group, key=_likelihood, reverse=True)[: ask.n]]
+
+    def usage(self) -> UsageBody:
+        """A prompt counts once however many answers it got; every generated token counts."""
+        firsts = [a.usage for a in self.answers[:: self.ask.best_of] if a.usage is not None]
+        prompt = sum(usage.prompt_tokens for usage in firsts)
+        completion = sum(a.usage.completion_tokens for a in self.answers if a.usage is not None)
+        cached = sum(usage.cached_tokens for usage in firsts)
+        return UsageBody(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+
+def _answers(model: Model, prompt: Prompt, ask: Ask) -> list[Answer]:
+    """Sends the prompt, once for all its answers."""
+    streams = model.session.generate(
+        prompt.ids,
+        ask.params,
+        cache_salt=ask.cache_salt,
+        n=ask.best_of,
+        priority=ask.priority,
+        timeout=ask.timeout,
+    )
+    echo = model.shown(prompt) if ask.echo else ""
+    return [Answer(model, ask, prompt, echo, stream) for stream in streams]
+
+
+def _likelihood(choice: Choice) -> float:
+    return choice.mean_logprob
 
 
 async def _merge(sources: list[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:

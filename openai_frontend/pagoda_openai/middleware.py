@@ -20,7 +20,7 @@ from pagoda_openai.errors import Unauthorized, response
 from pagoda_openai.http_metrics import HttpMetrics
 
 if TYPE_CHECKING:
-    from pagoda_openai.generation import Frontend
+    from pagoda_openai.model import Frontend
 
 log = logging.getLogger("pagoda.openai.access")
 

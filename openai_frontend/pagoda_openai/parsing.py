@@ -11,7 +11,7 @@ from pagoda.errors import InvalidRequest
 from starlette.requests import Request
 
 from pagoda_openai.errors import BodyTooLarge, UnsupportedEncoding
-from pagoda_openai.schemas import IGNORED, NEUTRAL
+from pagoda_openai.refused import IGNORED, NEUTRAL, check_refused, excerpt
 
 log = logging.getLogger("pagoda.openai")
 
@@ -35,13 +35,13 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def parse(body: bytes, kind: type[T]) -> T:
-    """Raises InvalidRequest naming the field, its value's type and what is expected."""
-    fields = _decode(body, dict[str, msgspec.Raw])
+    """Raises InvalidRequest naming the field, its value and what is expected."""
+    fields = _decode(body, dict[str, msgspec.Raw], {})
     known = _field_names(kind)
     for name, raw in fields.items():
         if name not in known:
             _check_other(name, raw)
-    request: T = _decode(body, kind)
+    request: T = _decode(body, kind, fields)
     return request
 
 
@@ -49,11 +49,14 @@ def _field_names(kind: Any) -> frozenset[str]:
     return frozenset(kind.__struct_fields__)
 
 
-def _decode(body: bytes, kind: Any) -> Any:
+def _decode(body: bytes, kind: Any, fields: dict[str, msgspec.Raw]) -> Any:
+    """`fields` are the body's, as far as they are known, to show the one that is wrong."""
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"the request is not valid: {error}", field=_field_of(str(error))) from None
+        name = _field_of(str(error))
+        given = f"; {name} was given as {excerpt(bytes(fields[name]))}" if name in fields else ""
+        raise InvalidRequest(f"the request is not valid: {error}{given}", field=name) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
@@ -69,21 +72,7 @@ def _field_of(message: str) -> str | None:
 
 
 def _check_other(name: str, raw: msgspec.Raw) -> None:
-    if name in IGNORED:
-        return
-    if name not in NEUTRAL:
+    if name in NEUTRAL:
+        check_refused(name, _decode(bytes(raw), Any, {}))
+    elif name not in IGNORED:
         log.warning("a request's unknown field is ignored", extra={"field": name[:100]})
-        return
-    value = _decode(bytes(raw), Any)
-    if value is not None and not any(value == neutral and type(value) is type(neutral) for neutral in _accepted(name)):
-        raise InvalidRequest(f"{name} is not available yet: leave it out", field=name)
-
-
-def _accepted(name: str) -> tuple[Any, ...]:
-    return tuple(
-        v for neutral in NEUTRAL[name] for v in ((neutral, float(neutral)) if _is_int(neutral) else (neutral,))
-    )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

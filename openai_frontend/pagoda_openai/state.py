@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from pagoda_openai.generation import Frontend
+from pagoda_openai.model import Frontend
 
 
 def frontend_of(request: Request) -> Frontend:

@@ -21,7 +21,7 @@ from pagoda import logs
 from pagoda_openai.settings import from_environment
 
 if TYPE_CHECKING:
-    from pagoda_openai.generation import Frontend
+    from pagoda_openai.model import Frontend
 
 
 BEAT_INTERVAL = 0.25

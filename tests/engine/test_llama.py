@@ -1,83 +1,52 @@
-"""The Llama page against transformers' own class: same weights, same logits, however the tokens are cut into steps."""
+"""The Llama page, the trunk of all others, and every way of rotating: against transformers' own class."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
-from pagoda import config, hf_config, weights
-from pagoda.block_pool import BlockPool
-from pagoda.errors import CheckpointError
-from pagoda.request import Request
-from pagoda.runner import Runner
-from pagoda.sampling_params import SamplingParams
-from pagoda.scheduler import Plan, Scheduler
+from engine.parity import PROMPT, SHAPE, TOLERANCE, Paged, assert_parity, difference, save, steady
+from pagoda import hf_config, rope
+from pagoda.hf_rope import Dynamic, Linear, LongRope, Rope
 from transformers import LlamaConfig, LlamaForCausalLM
 
-TOLERANCE = 1e-4
-PROMPT = [(7 * i * i + 3) % 128 for i in range(53)]
+TRAINED = 32
+"""Tokens of the original context where a rotation is scaled: half of what is compared."""
+HALF_HEAD = 4
+
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "yarn, all of its options": {
+        "factor": 8.0,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+    },
+    "yarn, attention factor given": {"factor": 4.0, "attention_factor": 1.3},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": steady([1.0, 1.5], HALF_HEAD),
+        "long_factor": steady([2.0, 5.0], HALF_HEAD),
+    },
+}
 
 
-def checkpoint(folder: Path, **changes: object) -> LlamaForCausalLM:
-    """A tiny random Llama on disk, and transformers' own copy of it."""
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=128,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        max_position_embeddings=256,
-        **{"tie_word_embeddings": False, "initializer_range": 0.4, "num_key_value_heads": 2, **changes},
-    )
-    model = LlamaForCausalLM(shape).float().eval()
-    model.save_pretrained(folder, max_shard_size="60KB")
-    return model
+def checkpoint(folder: Path, **changes: Any) -> LlamaForCausalLM:
+    return save(folder, LlamaConfig(**{**SHAPE, **changes}), LlamaForCausalLM)
 
 
-class Recorder(Runner):
-    """A runner that keeps the logits of every sampled row."""
-
-    def launch(self, plan: Plan):  # type: ignore[no-untyped-def]
-        self.rows: list[torch.Tensor] = getattr(self, "rows", [])
-        logits = self.model.logits
-
-        def keep(hidden: torch.Tensor) -> torch.Tensor:
-            self.rows.append(logits(hidden))
-            return self.rows[-1]
-
-        self.model.logits = keep  # type: ignore[method-assign]
-        try:
-            return super().launch(plan)
-        finally:
-            self.model.logits = logits  # type: ignore[method-assign]
+def rotation(kind: str, **parameters: Any) -> dict[str, Any]:
+    given = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": TRAINED, **parameters}
+    return {"rope_parameters": given}
 
 
-def generate(folder: Path, prompts: list[list[int]], count: int, budget: int) -> tuple[list[list[int]], Recorder]:
-    """Greedy continuations of all prompts at once, with `budget` tokens a step."""
-    settings = config.from_parameters({"model": str(folder), "num_kv_blocks": 64, "block_size": 8})
-    runner = Recorder(settings, hf_config.load(folder), folder, 256)
-    scheduler = Scheduler(
-        BlockPool(64),
-        block_size=8,
-        max_num_seqs=8,
-        max_num_batched_tokens=budget,
-        max_num_queued_requests=8,
-        enable_prefix_caching=True,
-    )
-    params = SamplingParams(temperature=0)
-    requests = [Request(i, ids, params, count, frozenset(), 0) for i, ids in enumerate(prompts)]
-    for request in requests:
-        scheduler.add(request)
-    while scheduler.requests:
-        plan = scheduler.schedule()
-        scheduler.update(plan, runner.collect(runner.launch(plan)))
-        scheduler.check()
-    return [r.token_ids[len(r.prompt_ids) :] for r in requests], runner
-
-
-@pytest.mark.parametrize("budget", [256, 16, 9], ids=["one prefill", "chunks of 16", "chunks of 9"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -85,53 +54,46 @@ def generate(folder: Path, prompts: list[list[int]], count: int, budget: int) ->
         {"tie_word_embeddings": True},
         {"attention_bias": True, "mlp_bias": True},
         {"num_key_value_heads": 6},
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
+        {"head_dim": 20},
     ],
-    ids=["grouped heads", "tied", "biases", "no groups", "llama3 rope"],
+    ids=["grouped heads", "tied", "biases", "no groups", "head of its own size"],
 )
-def test_logits_and_continuation_equal_transformers(tmp_path: Path, changes: dict[str, object], budget: int) -> None:
-    model = checkpoint(tmp_path, **changes)
-    ((tokens,), runner) = generate(tmp_path, [PROMPT], 12, budget)
-    with torch.inference_mode():
-        expected = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
-    got = torch.cat(runner.rows)
-    assert (got - expected).abs().max() < TOLERANCE * expected.abs().max()
-    assert tokens == expected.argmax(dim=1).tolist()
+def test_logits_and_continuation_equal_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert_parity(checkpoint(tmp_path, **changes), tmp_path, chunks=(64, 16, 9))
 
 
-def test_neighbours_and_shared_prefixes_change_no_token(tmp_path: Path) -> None:
-    checkpoint(tmp_path)
-    prompts = [PROMPT[:n] for n in (1, 8, 17, 40)] + [[*PROMPT[:40], 5, 6, 7]]
-    together, _ = generate(tmp_path, prompts, 10, 24)
-    alone = [generate(tmp_path, [prompt], 10, 256)[0][0] for prompt in prompts]
-    assert together == alone
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_scaled_rotations_equal_transformers(tmp_path: Path, kind: str) -> None:
+    model = checkpoint(tmp_path, **rotation(kind.partition(",")[0], **ROTATIONS[kind]))
+    assert_parity(model, tmp_path)
+    expected = Paged(tmp_path).prefill(PROMPT, 64)
+    config = hf_config.load(tmp_path)
+    plain = msgspec.structs.replace(config, rope=Rope(config.rope.theta, config.rope.size))
+    assert difference(Paged(tmp_path, config=plain).prefill(PROMPT, 64), expected) > 100 * TOLERANCE
 
 
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    checkpoint(tmp_path, tie_word_embeddings=False)
-    (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
-    first, *others = sorted(tmp_path.glob("*.safetensors"))
-    for other in others:
-        other.unlink()
-    with pytest.raises(CheckpointError, match="tensors are missing"):
-        generate(tmp_path, [[1]], 1, 8)
-    first.unlink()
-    with pytest.raises(CheckpointError, match="pickled weights"):
-        weights.files(tmp_path)
+def test_a_dynamic_base_is_that_of_the_longest_context(tmp_path: Path) -> None:
+    """transformers grows the base with what it sees; here it is what 64 tokens make it, which is what it then sees."""
+    model = checkpoint(tmp_path, max_position_embeddings=TRAINED, **rotation("dynamic", factor=4.0))
+    assert_parity(model, tmp_path, max_model_len=64)
+    assert hf_config.load(tmp_path).max_position_embeddings == 4 * TRAINED
 
 
-def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
-    checkpoint(tmp_path)
-    text = (tmp_path / "config.json").read_text().replace("LlamaForCausalLM", "OtherForCausalLM")
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="known ones: LlamaForCausalLM"):
-        generate(tmp_path, [[1]], 1, 8)
+def test_within_the_original_context_a_dynamic_base_is_the_plain_one() -> None:
+    plain, dynamic = Rope(1e4, 8), Rope(1e4, 8, Dynamic(4.0, TRAINED))
+    assert torch.equal(rope.inverse_frequencies(dynamic, TRAINED), rope.inverse_frequencies(plain, TRAINED))
+    assert not torch.equal(rope.inverse_frequencies(dynamic, TRAINED + 1), rope.inverse_frequencies(plain, TRAINED))
+
+
+def test_longrope_takes_its_short_factors_when_no_request_can_be_long() -> None:
+    scaled = Rope(1e4, 4, LongRope(2.0, TRAINED, (1.0, 1.0), (2.0, 2.0)))
+    plain = rope.inverse_frequencies(Rope(1e4, 4), TRAINED)
+    assert torch.equal(rope.inverse_frequencies(scaled, TRAINED), plain)
+    assert torch.equal(rope.inverse_frequencies(scaled, TRAINED + 1), plain / 2)
+
+
+def test_a_rotation_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 short and long factors"):
+        Rope(1e4, 4, LongRope(2.0, TRAINED, (1.0,), (2.0, 2.0)))
+    with pytest.raises(ValueError, match="even and positive"):
+        Rope(1e4, 5, Linear(2.0))

@@ -1,4 +1,4 @@
-"""linear on a GPU against float64 products: cuBLAS and the matrix-vector kernel."""
+"""linear on a GPU against float64 products: cuBLAS, the matrix-vector kernel and the tiles."""
 
 import pytest
 import torch
@@ -11,9 +11,17 @@ VECTORS = (
     Case("vector_strided_ends", 1, 2056, 7, strided=True),
     Case("vector_one_output", 1, 512, 1),
 )
+_ROWS = {
+    (6144, 4096): (1, 2, 16, 17),
+    (4096, 4096): (1, 2, 16, 17, 33, 64, 65),
+    (28672, 4096): (1, 16, 64),
+    (4096, 14336): (1, 16, 64),
+    (128256, 4096): (1, 64),
+}
 LLAMA = tuple(
-    pytest.param(Case(f"llama_{outputs}_{inputs}", 1, inputs, outputs), marks=pytest.mark.native)
-    for outputs, inputs in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
+    pytest.param(Case(f"llama_{rows}_{outputs}_{inputs}", rows, inputs, outputs), marks=pytest.mark.native)
+    for (outputs, inputs), all_rows in _ROWS.items()
+    for rows in all_rows
 )
 
 
@@ -26,21 +34,59 @@ def test_linear_agrees_with_float64(case: Case, dtype: torch.dtype, bounds: tupl
     from pagoda_kernels.linear import kernel
 
     inputs = case.make(dtype, device)
-    expected = inputs.x.double() @ inputs.weight.double().T
-    if inputs.bias is not None:
-        expected += inputs.bias.double()
     packed = kernel.pack_linear(inputs.weight)
     with PoisonedEmpty():
         actual = kernel.linear(inputs.x, packed, inputs.bias)
-    compare(actual, expected.to(dtype), *bounds)
+    compare(actual, product(inputs.x, inputs.weight, inputs.bias).to(dtype), *bounds)
     assert actual.is_contiguous()
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = x.double() @ weight.double().T
+    return out if bias is None else out + bias.double()
 
 
 def test_a_vector_of_any_width(device: str) -> None:
     """The kernel itself, for widths that `linear` leaves to cuBLAS."""
-    from pagoda_kernels.linear import kernel
+    from pagoda_kernels.linear import kernel, vector
 
     for case in (Case("narrow", 1, 77, 13, bias=True), Case("one_by_one", 1, 1, 1)):
         inputs = case.make(device=device)
-        actual = kernel.matrix_vector(inputs.x, kernel.pack_linear(inputs.weight), inputs.bias)
+        actual = vector.matrix_vector(inputs.x, kernel.pack_linear(inputs.weight), inputs.bias)
         compare(actual, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias), 1e-5)
+
+
+TILED = (
+    Case("ends_everywhere", 9, 200, 72, bias=True),
+    Case("several_row_tiles", 37, 96, 64),
+    Case("strided", 16, 256, 136, bias=True, strided=True),
+)
+
+
+@pytest.mark.parametrize("splits", [1, 3], ids=["whole", "split"])
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+def test_tiles_of_any_size(
+    case: Case, splits: int, dtype: torch.dtype, bounds: tuple[float, float], device: str
+) -> None:
+    """The kernel itself, for matrices that `linear` leaves to cuBLAS, and with splits."""
+    from pagoda_kernels.linear.tiles import Tile, can_tile, tiled_product
+
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("the tensor cores round float32 to 10 bits")
+    inputs = case.make(dtype, device)
+    assert can_tile(inputs.x)
+    tile = Tile(64, 16, 64, stages=3, splits=splits)
+    arrivals = torch.zeros(tile.count(case.out_features, case.rows), dtype=torch.int32, device=device)
+    for _ in range(2):
+        with PoisonedEmpty():
+            actual = tiled_product(inputs.x, inputs.weight, inputs.bias, tile, dtype, arrivals=arrivals)
+        compare(actual, product(inputs.x, inputs.weight, inputs.bias).to(dtype), *bounds)
+        assert not arrivals.any()
+
+
+def test_splits_need_their_counters(device: str) -> None:
+    from pagoda_kernels.linear.tiles import Tile, tiled_product
+
+    x, weight = torch.zeros(4, 64, device=device), torch.zeros(128, 64, device=device)
+    with pytest.raises(ValueError, match="hold 2 counters for 2 splits"):
+        tiled_product(x, weight, None, Tile(64, 16, 32, stages=2, splits=2), x.dtype)

@@ -4,20 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pagoda_kernels.paged_attention import AttentionBatch, PagedAttention, reference
+from pagoda_kernels.paged_attention import AttentionBatch, reference
 from pagoda_kernels.paged_attention.cases import CASES, Case, Inputs, make_batch
 from pagoda_kernels.testing import PoisonedEmpty, compare
 
 Bounds = tuple[float, float]
-# Left out in the interpreter; and what it takes of float16, whose tiles and dot products are others than float32's.
-SLOW = ("more_decodes_than_a_group", "mixed_many_kv_heads", "mixed_window_beyond", "mixed_block_8")
-FLOAT16 = ("mixed", "mixed_head_80", "mixed_head_128", "mixed_softcap", "mixed_window_20", "split", "split_window")
+FLOAT8 = torch.float8_e4m3fn
+# What the interpreter runs, which takes seconds a case; and of that in float16, whose tiles are others than float32's.
+INTERPRETED = (
+    "one_decode_one_over", "ragged_decodes", "one_token_chunk", "last_chunk_unaligned", "mixed", "mixed_mqa",
+    "mixed_head_80", "mixed_head_256", "mixed_softcap_window", "mixed_float8", "shared_prefix", "split", "split_window",
+    "odd_block_size",
+)  # fmt: skip
+FLOAT16 = ("mixed_head_80", "mixed_softcap_window", "split_window")
 MIXED = next(case for case in CASES if case.name == "mixed")
+SMALL = Case("small", ((1, 33), (1, 1), (5, 40)), 2)
 SIZES = (
-    replace(MIXED, name="mixed_head_96", num_heads=6, num_kv_heads=2, head_size=96),
-    replace(MIXED, name="mixed_head_256", num_heads=4, num_kv_heads=2, head_size=256),
     Case("split", ((1, 700), (1, 5), (1, 129), (1, 128), (1, 384)), 5, num_heads=4, num_kv_heads=2),
-    Case("split_window", ((1, 700), (1, 5), (1, 129)), 3, num_heads=4, num_kv_heads=2, sliding_window=300),
+    Case("split_window", ((1, 700), (1, 5), (1, 129)), 3, num_heads=4, num_kv_heads=2, window=300),
+    Case("shared_long", tuple((1, 320 + 37 * i) for i in range(20)), 20, shared_prefix=304, softcap=2.0),
     Case("group_of_20", ((1, 40), (9, 50)), 1, num_heads=20, num_kv_heads=1),
     Case("odd_block_size", ((1, 40), (9, 50)), 1, block_size=10),
 )
@@ -29,13 +34,12 @@ LARGE = (
     Case("llama_long_among_short", (*_RAGGED[:7], (1, 20000), *_RAGGED[7:50]), 51, **_LLAMA),
     Case("llama_prefill", ((2048, 2048), (1000, 5000), (77, 77)), 0, **_LLAMA),
     Case("llama_mixed", (*_RAGGED[:40], (511, 511), (513, 2000), (1, 1), (2, 700)), 40, **_LLAMA),
-    Case("llama_mixed_window", (*_RAGGED[:40], (511, 511), (513, 2000), (1, 1)), 40, **_LLAMA, sliding_window=700),
-    Case("gemma_like", (*_RAGGED[:9], (300, 900)), 9, 16, 8, 256, sliding_window=512, softcap=50.0),
+    Case("llama_mixed_window", (*_RAGGED[:40], (511, 511), (513, 2000), (1, 1)), 40, **_LLAMA, window=700),
+    Case("llama_mixed_float8", (*_RAGGED[:40], (511, 511), (2, 700)), 40, **_LLAMA, cache_dtype=FLOAT8, k_scale=0.7),
+    Case("llama_shared", tuple((1, 1500 + i) for i in range(70)), 70, **_LLAMA, shared_prefix=1488),
+    Case("llama_prefill_window", ((2048, 2048), (1000, 5000), (77, 77)), 0, **_LLAMA, window=900),
+    Case("gemma_like", (*_RAGGED[:9], (300, 900)), 9, 16, 8, 256, window=512, softcap=50.0),
 )
-
-
-def run(op: PagedAttention, i: Inputs, case: Case) -> torch.Tensor:
-    return op(i.q, i.k_cache, i.v_cache, i.batch, i.scale, case.sliding_window, case.softcap)
 
 
 def wide(i: Inputs) -> Inputs:
@@ -45,8 +49,8 @@ def wide(i: Inputs) -> Inputs:
 @pytest.mark.parametrize(
     "case",
     [
-        *(pytest.param(case, marks=pytest.mark.native) if case.name in SLOW else case for case in (*CASES, *SIZES)),
-        *(pytest.param(case, marks=pytest.mark.native) for case in LARGE),
+        case if case.name in INTERPRETED else pytest.param(case, marks=pytest.mark.native)
+        for case in (*CASES, *SIZES, *LARGE)
     ],
     ids=lambda case: case.name,
 )
@@ -56,30 +60,56 @@ def test_paged_attention_agrees_with_the_reference(case: Case, dtype: torch.dtyp
     if device == "cpu" and dtype == torch.float16 and case.name not in FLOAT16:
         pytest.skip("float32 is enough in the interpreter")
     inputs = case.make(dtype, device)
-    expected = run(reference.paged_attention, wide(inputs), case)
+    expected = wide(inputs).run(reference.paged_attention)
     with PoisonedEmpty():
-        actual = run(kernel.paged_attention, inputs, case)
+        actual = inputs.run(kernel.paged_attention)
     compare(actual, expected.to(dtype), *bounds)
     assert actual.is_contiguous()
+
+
+GATHERED = (
+    replace(SMALL, name="small"),
+    pytest.param(MIXED, marks=pytest.mark.native),
+    pytest.param(replace(MIXED, name="window_softcap", window=20, softcap=2.0), marks=pytest.mark.native),
+    Case("long", ((1, 9), (70, 200), (1, 1), (40, 40)), 1, num_heads=4, num_kv_heads=2, head_size=80, window=90),
+    Case("float8", ((9, 90),), 0, 4, 2, 128, cache_dtype=FLOAT8, k_scale=0.7, v_scale=1.3),
+    pytest.param(Case("head_256", ((70, 200),), 0, 4, 2, 256), marks=pytest.mark.native),
+)
+
+
+@pytest.mark.parametrize("case", GATHERED, ids=lambda case: case.name)
+def test_gathered_chunks_agree_with_the_reference(case: Case, device: str) -> None:
+    """Also where the chunks are too short to be gathered of themselves."""
+    from pagoda_kernels.paged_attention import prefill
+    from pagoda_kernels.paged_attention.call import Call
+
+    inputs = case.make(torch.float16, device)
+    expected = wide(inputs).run(reference.paged_attention).half()
+    with PoisonedEmpty():
+        i = inputs
+        call = Call.of(i.q, i.k_cache, i.v_cache, i.batch, i.scale, i.window, i.softcap, i.k_scale, i.v_scale)
+        prefill.attend_gathered(call)
+    chunks = slice(case.num_decodes, None)
+    compare(call.out[chunks], expected[chunks], 5e-3, 1e-3)
 
 
 def test_q_may_be_a_view_of_a_fused_tensor(device: str) -> None:
     from pagoda_kernels.paged_attention import kernel
 
-    inputs = MIXED.make(device=device)
-    expected = run(kernel.paged_attention, inputs, MIXED)
+    inputs = SMALL.make(device=device)
+    expected = inputs.run(kernel.paged_attention)
     fused = torch.full((inputs.batch.num_tokens, 15, 64), float("nan"), device=device)
     fused[:, :9] = inputs.q
-    actual = run(kernel.paged_attention, replace(inputs, q=fused[:, :9]), MIXED)
+    actual = replace(inputs, q=fused[:, :9]).run(kernel.paged_attention)
     assert torch.equal(actual, expected)
 
 
 def test_extreme_scores_stay_finite(device: str) -> None:
     from pagoda_kernels.paged_attention import kernel
 
-    inputs = MIXED.make(device=device)
+    inputs = SMALL.make(device=device)
     inputs.q.mul_(1e4)
-    compare(run(kernel.paged_attention, inputs, MIXED), run(reference.paged_attention, inputs, MIXED), 1e-3)
+    compare(inputs.run(kernel.paged_attention), inputs.run(reference.paged_attention), 1e-3)
 
 
 def test_the_hosts_contexts_may_be_upper_bounds(device: str) -> None:
@@ -90,15 +120,15 @@ def test_the_hosts_contexts_may_be_upper_bounds(device: str) -> None:
     inputs = case.make(device=device)
     b = inputs.batch
     bound = AttentionBatch(b.block_tables, b.query_starts, b.context_lens, b.query_lens_host, [9000] * 3, 3)
-    actual = run(kernel.paged_attention, replace(inputs, batch=bound), case)
-    compare(actual, run(reference.paged_attention, inputs, case), 1e-5)
+    actual = replace(inputs, batch=bound).run(kernel.paged_attention)
+    compare(actual, inputs.run(reference.paged_attention), 1e-5)
 
 
 @pytest.mark.parametrize(("programs", "context"), [(1, 1), (1, 10**6), (8, 8192), (2048, 1024), (10**5, 10**6)])
 def test_splits_are_bounded(programs: int, context: int) -> None:
-    from pagoda_kernels.paged_attention import kernel
+    from pagoda_kernels.paged_attention import decode
 
-    splits = kernel.plan_splits(programs, 1, context)
+    splits = decode.plan_splits(programs, 1, context)
     assert 1 <= splits.most <= 128
     assert (splits.most - 1) * splits.tokens < context
 
@@ -110,7 +140,7 @@ def test_offsets_go_beyond_32_bits(requests: tuple[tuple[int, int], ...], device
 
     case = Case("far", requests, 2 if requests[0][0] == 1 else 0, num_heads=16, num_kv_heads=8, head_size=128)
     near = case.make(torch.bfloat16, device)
-    expected = run(kernel.paged_attention, near, case)
+    expected = near.run(kernel.paged_attention)
     first = 2**31 // (16 * 8 * 128) - 20
     caches = []
     for cache in (near.k_cache, near.v_cache):
@@ -123,7 +153,7 @@ def test_offsets_go_beyond_32_bits(requests: tuple[tuple[int, int], ...], device
     batch = AttentionBatch(
         tables, b.query_starts, b.context_lens, b.query_lens_host, b.context_lens_host, b.num_decodes
     )
-    assert torch.equal(run(kernel.paged_attention, Inputs(near.q, *caches, batch, near.scale), case), expected)
+    assert torch.equal(Inputs(near.q, *caches, batch, near.scale).run(kernel.paged_attention), expected)
 
 
 @pytest.mark.native
@@ -137,15 +167,15 @@ def test_decodes_replay_in_a_cuda_graph(device: str) -> None:
     contexts = torch.ones_like(b.context_lens)
     bound = AttentionBatch(b.block_tables, b.query_starts, contexts, b.query_lens_host, [4096] * 3, 3)
     captured = replace(inputs, batch=bound)
-    run(kernel.paged_attention, captured, case)
+    captured.run(kernel.paged_attention)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run(kernel.paged_attention, captured, case)
+        out = captured.run(kernel.paged_attention)
     contexts.copy_(b.context_lens)
     out.fill_(float("nan"))
     graph.replay()
-    compare(out, run(reference.paged_attention, wide(inputs), case).bfloat16(), 2e-2, 4e-3)
+    compare(out, wide(inputs).run(reference.paged_attention).bfloat16(), 2e-2, 4e-3)
 
 
 def test_no_split_is_needed_for_few_positions(device: str) -> None:

@@ -2,24 +2,25 @@
 
 import pytest
 import torch
-from pagoda_kernels.rotary_kv_write import RotaryKvWrite, reference
-from pagoda_kernels.rotary_kv_write.cases import CASES, Case, Inputs
+from pagoda_kernels.rotary_kv_write import reference
+from pagoda_kernels.rotary_kv_write.cases import CASES, Case
 from pagoda_kernels.testing import compare
 
 LARGE = (
     Case("llama_decode", 256, num_heads=32, num_kv_heads=8, head_size=128, rotary_size=128),
     Case("llama_prefill", 3001, num_heads=32, num_kv_heads=8, head_size=128, rotary_size=128, unwritten=(7, 3000)),
     Case("head_256", 65, num_heads=16, num_kv_heads=16, head_size=256, rotary_size=256),
+    Case("qwen3_fp8", 300, num_heads=32, num_kv_heads=8, head_size=128, rotary_size=128, norm=True, fp8_cache=True),
 )
-
-
-def run(op: RotaryKvWrite, i: Inputs) -> None:
-    op(i.q, i.k, i.v, i.cos, i.sin, i.positions, i.k_cache, i.v_cache, i.slots)
 
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES, *(pytest.param(case, marks=pytest.mark.native) for case in LARGE)],
+    [
+        # The interpreter's conversion to float8 forgets the carry of a mantissa that is rounded up.
+        *(pytest.param(case, marks=pytest.mark.native) if case.fp8_cache else case for case in CASES),
+        *(pytest.param(case, marks=pytest.mark.native) for case in LARGE),
+    ],
     ids=lambda case: case.name,
 )
 def test_rotary_kv_write_agrees_with_the_reference(
@@ -28,15 +29,16 @@ def test_rotary_kv_write_agrees_with_the_reference(
     from pagoda_kernels.rotary_kv_write import kernel
 
     inputs, expected = case.make(dtype, device), case.make(dtype, device)
-    run(kernel.rotary_kv_write, inputs)
-    run(reference.rotary_kv_write, expected)
+    inputs.run(kernel.rotary_kv_write)
+    expected.run(reference.rotary_kv_write)
     compare(inputs.q, expected.q, *bounds)
     compare(inputs.k, expected.k, *bounds)
     assert torch.equal(inputs.v, expected.v)
     written = inputs.slots >= 0
-    for cache, x in ((inputs.k_cache, inputs.k), (inputs.v_cache, inputs.v)):
-        rows = cache.flatten(0, 1)
-        assert torch.equal(rows[inputs.slots[written]], x[written])
+    for cache, x, scale in ((inputs.k_cache, inputs.k, inputs.k_scale), (inputs.v_cache, inputs.v, inputs.v_scale)):
+        rows = cache.flatten(0, 1).float()
+        stored = reference.quantise(x[written], scale) if case.fp8_cache else x[written]
+        assert torch.equal(rows[inputs.slots[written]], stored.float())
         others = torch.ones(len(rows), dtype=torch.bool, device=device)
         others[inputs.slots[written]] = False
         assert rows[others].isnan().all()

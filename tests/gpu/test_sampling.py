@@ -148,3 +148,20 @@ def test_greedy_takes_the_lowest_id_among_equals(device: str) -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]], device=device)
     assert kernel.sample(logits, make_params([Row(0.0)] * 2, device)).tolist() == [1, 0]
     assert kernel.sample(logits, make_params([Row(0.0), Row(1.0, top_k=1)], device))[0] == 1
+
+
+def test_a_wide_top_p_is_settled_by_narrowing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of tokens are kept, and no row is left for the search over the whole row."""
+    from pagoda_kernels.sampling import kernel
+    from pagoda_kernels.sampling.rows import NARROW
+
+    states: list[torch.Tensor] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *args, **sizes: states.append(args[9])
+
+    monkeypatch.setattr(kernel, "search_kernel", Recorder())
+    logits, params = Case("wide", (Row(1.3, top_p=0.9), Row(1.0, top_p=0.99)), 4, 9000, 1.5).make(device)
+    assert kernel.sample(logits, params).tolist() == reference.sample(logits, params).tolist()
+    assert states[0].tolist() == [NARROW.value] * 4

@@ -16,23 +16,19 @@ implementations = pytest.mark.parametrize(
 MIXED = next(case for case in CASES if case.name == "mixed")
 
 
-def run(op: PagedAttention, i: Inputs, case: Case) -> torch.Tensor:
-    return op(i.q, i.k_cache, i.v_cache, i.batch, i.scale, case.sliding_window, case.softcap)
-
-
 def naive(i: Inputs, case: Case) -> torch.Tensor:
     """Loop over requests, tokens and heads, in float64, one cache row at a time through the block table."""
     out = torch.zeros(i.q.shape, dtype=torch.float64)
     token, group = 0, case.num_heads // case.num_kv_heads
     for table, n, c in zip(i.batch.block_tables, i.batch.query_lens_host, i.batch.context_lens_host, strict=True):
         blocks = [(int(table[p // case.block_size]), p % case.block_size) for p in range(c)]
-        keys = torch.stack([i.k_cache[b] for b in blocks]).double()
-        values = torch.stack([i.v_cache[b] for b in blocks]).double()
+        keys = torch.stack([i.k_cache[b] for b in blocks]).double() * i.k_scale
+        values = torch.stack([i.v_cache[b] for b in blocks]).double() * i.v_scale
         for own in range(c - n, c):
-            first = 0 if case.sliding_window is None else max(0, own - case.sliding_window + 1)
+            first = max(0, own - case.window + 1) if case.window else 0
             for head in range(case.num_heads):
                 scores = keys[first : own + 1, head // group] @ i.q[token, head].double() * i.scale
-                if case.softcap is not None:
+                if case.softcap:
                     scores = case.softcap * torch.tanh(scores / case.softcap)
                 out[token, head] = scores.softmax(0) @ values[first : own + 1, head // group]
             token += 1
@@ -42,15 +38,15 @@ def naive(i: Inputs, case: Case) -> torch.Tensor:
 @cases
 def test_the_reference_is_the_formula(case: Case) -> None:
     inputs = case.make()
-    compare(run(reference.paged_attention, inputs, case), naive(inputs, case), 2e-6)
+    compare(inputs.run(reference.paged_attention), naive(inputs, case), 2e-6)
 
 
 @cases
 def test_cpu_agrees_with_the_reference(case: Case) -> None:
     inputs = case.make()
-    expected = run(reference.paged_attention, inputs, case)
+    expected = inputs.run(reference.paged_attention)
     with PoisonedEmpty():
-        actual = run(cpu.paged_attention, inputs, case)
+        actual = inputs.run(cpu.paged_attention)
     compare(actual, expected, 1e-5)
     assert actual.is_contiguous()
 
@@ -58,14 +54,14 @@ def test_cpu_agrees_with_the_reference(case: Case) -> None:
 @implementations
 def test_layers_of_a_step_share_the_batch(op: PagedAttention) -> None:
     """A later layer reuses what the first prepared, and one of another shape does not."""
-    layers = [MIXED, MIXED, replace(MIXED, num_heads=4, num_kv_heads=1), replace(MIXED, sliding_window=7)]
+    layers = [MIXED, MIXED, replace(MIXED, num_heads=4, num_kv_heads=1), replace(MIXED, window=7)]
     shared = MIXED.make().batch
     for seed, case in enumerate(layers):
         # One seed gives one set of block tables: only the contents may differ.
         inputs = replace(case.make(), batch=shared)
         inputs.q.mul_(1 + seed)
         inputs.v_cache.mul_(1 + seed)
-        compare(run(op, inputs, case), naive(inputs, case), 1e-5)
+        compare(inputs.run(op), naive(inputs, case), 1e-5)
 
 
 @implementations
@@ -94,7 +90,7 @@ def test_a_chunked_prefill_equals_a_whole_one(op: PagedAttention) -> None:
 def test_extreme_scores_stay_finite(op: PagedAttention) -> None:
     inputs = MIXED.make()
     inputs.q.mul_(1e4)
-    compare(run(op, inputs, MIXED), naive(inputs, MIXED), 1e-3)
+    compare(inputs.run(op), naive(inputs, MIXED), 1e-3)
 
 
 @implementations
@@ -102,7 +98,7 @@ def test_bfloat16(op: PagedAttention) -> None:
     low = MIXED.make(torch.bfloat16)
     wide = Inputs(low.q.float(), low.k_cache.float(), low.v_cache.float(), low.batch, low.scale)
     expected = reference.paged_attention(wide.q, wide.k_cache, wide.v_cache, wide.batch, wide.scale)
-    compare(run(op, low, MIXED), expected.bfloat16(), 3e-2)
+    compare(low.run(op), expected.bfloat16(), 3e-2)
 
 
 @pytest.mark.parametrize(
@@ -132,3 +128,13 @@ def test_a_batch_prepares_once_for_each_argument() -> None:
     batch = make_batch(((1, 5), (3, 9)), 1, 16, torch.Generator())
     assert [batch.prepare(make, f) for f in (1.0, 2.0, 1.0, math.pi)] == [4.0, 8.0, 4.0, 4 * math.pi]
     assert calls == [1.0, 2.0, math.pi]
+
+
+@pytest.mark.parametrize(
+    ("device_prefix", "host_prefix", "message"),
+    [(None, 16, "go together"), (torch.tensor([16]), 0, "go together"), (torch.tensor([16]), 20, "must be below")],
+)
+def test_a_contradictory_prefix_is_refused(device_prefix: torch.Tensor | None, host_prefix: int, message: str) -> None:
+    none = torch.zeros(0)
+    with pytest.raises(ValueError, match=message):
+        AttentionBatch(none, none, none, [1, 1], [40, 20], 2, device_prefix, host_prefix)

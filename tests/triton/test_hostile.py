@@ -109,6 +109,77 @@ BODIES = [
     ("lone surrogate", TEXT, b'{"model":"smollm2","prompt":"\\ud800"}', 400, None),
 ]
 
+RUBBISH = {"type": "function"}
+FIELDS = [
+    ("n -1", TEXT, completion(n=-1), 400, "n"),
+    ("n 129", TEXT, completion(n=129), 400, "n"),
+    ("n 10^9", CHAT, chat(n=10**9), 400, "n"),
+    ("n true", TEXT, completion(n=True), 400, "n"),
+    ("n for many prompts", TEXT, completion(prompt=["a"] * 200, n=100), 400, "n"),
+    ("best_of 0", TEXT, completion(best_of=0), 400, "best_of"),
+    ("best_of -1", TEXT, completion(best_of=-1), 400, "best_of"),
+    ("best_of below n", TEXT, completion(n=3, best_of=2), 400, "best_of"),
+    ("best_of streamed", TEXT, completion(best_of=2, stream=True), 400, "best_of"),
+    ("best_of in a chat", CHAT, chat(best_of=2), 400, "best_of"),
+    ("echo in a chat", CHAT, chat(echo=True), 400, "echo"),
+    ("suffix", TEXT, completion(suffix="x"), 400, "suffix"),
+    ("presence 2.1", TEXT, completion(presence_penalty=2.1), 400, "presence_penalty"),
+    ("presence text", TEXT, completion(presence_penalty="1"), 400, "presence_penalty"),
+    ("frequency -1e9", CHAT, chat(frequency_penalty=-1e9), 400, "frequency_penalty"),
+    ("frequency NaN", TEXT, completion(frequency_penalty=float("nan")), 400, None),
+    ("repetition 11", TEXT, completion(repetition_penalty=11), 400, "repetition_penalty"),
+    ("repetition -1", CHAT, chat(repetition_penalty=-1), 400, "repetition_penalty"),
+    ("bias key", TEXT, completion(logit_bias={"a": 1}), 400, "logit_bias"),
+    ("bias fractional key", TEXT, completion(logit_bias={"1.5": 1}), 400, "logit_bias"),
+    ("bias long key", TEXT, completion(logit_bias={"9" * 100_000: 1}), 400, "logit_bias"),
+    ("bias negative id", TEXT, completion(logit_bias={"-1": 1}), 400, "logit_bias"),
+    ("bias 101", TEXT, completion(logit_bias={"5": 101}), 400, "logit_bias"),
+    ("bias NaN", TEXT, completion(logit_bias={"5": float("nan")}), 400, None),
+    ("bias text", TEXT, completion(logit_bias={"5": "1"}), 400, "logit_bias"),
+    ("100,000 biases", TEXT, completion(logit_bias={str(i): 1 for i in range(100_000)}), 400, "logit_bias"),
+    ("min_tokens over max", TEXT, completion(min_tokens=6, max_tokens=5), 400, "min_tokens"),
+    ("min_tokens over the context", CHAT, chat(min_tokens=9000), 400, "min_tokens"),
+    ("min_tokens -1", TEXT, completion(min_tokens=-1), 400, "min_tokens"),
+    ("nothing allowed", TEXT, completion(allowed_token_ids=[]), 400, "allowed_token_ids"),
+    ("allowed beyond vocabulary", TEXT, completion(allowed_token_ids=[49152]), 400, "allowed_token_ids"),
+    (
+        "allowed and barred",
+        TEXT,
+        completion(allowed_token_ids=[5], stop_token_ids=[5], min_tokens=1),
+        400,
+        "allowed_token_ids",
+    ),
+    ("million allowed", TEXT, completion(allowed_token_ids=[1] * 400_000), 400, "allowed_token_ids"),
+    ("empty bad word", TEXT, completion(bad_words=[""]), 400, "bad_words"),
+    ("10,000 bad words", TEXT, completion(bad_words=["a"] * 10_000), 400, "bad_words"),
+    ("long bad word", TEXT, completion(bad_words=["a" * 1_000_000]), 400, "bad_words"),
+    ("surrogate as bad word", TEXT, b'{"model":"smollm2","prompt":"a","bad_words":["\\ud800"]}', 400, None),
+    ("stop tokens beyond vocabulary", TEXT, completion(stop_token_ids=[49152]), 400, "stop_token_ids"),
+    ("1,000 stop tokens", TEXT, completion(stop_token_ids=[1] * 1000), 400, "stop_token_ids"),
+    ("logprobs 21", TEXT, completion(logprobs=21), 400, "logprobs"),
+    ("logprobs 10^6", TEXT, completion(logprobs=10**6), 400, "logprobs"),
+    ("logprobs true", TEXT, completion(logprobs=True), 400, "logprobs"),
+    ("number of logprobs in a chat", CHAT, chat(logprobs=2), 400, "logprobs"),
+    ("top_logprobs 21", CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
+    ("prompt_logprobs -1", TEXT, completion(prompt_logprobs=-1), 400, "prompt_logprobs"),
+    ("prompt_logprobs streamed", TEXT, completion(prompt_logprobs=1, stream=True), 400, "prompt_logprobs"),
+    ("priority 101", TEXT, completion(priority=101), 400, "priority"),
+    ("priority text", TEXT, completion(priority="high"), 400, "priority"),
+    ("timeout 0", TEXT, completion(timeout=0), 400, "timeout"),
+    ("timeout -1", TEXT, completion(timeout=-1), 400, "timeout"),
+    ("timeout 10^9", CHAT, chat(timeout=10**9), 400, "timeout"),
+    ("long salt", TEXT, completion(cache_salt="s" * 100_000), 400, "cache_salt"),
+    ("truncated to nothing", TEXT, completion(truncate_prompt_tokens=0), 400, "truncate_prompt_tokens"),
+    ("unknown format", CHAT, chat(response_format={"type": "xml"}), 400, "response_format"),
+    ("format as text", CHAT, chat(response_format="json"), 400, "response_format"),
+    ("two structures", TEXT, completion(structured_outputs={"json": {}, "regex": "a"}), 400, "structured_outputs"),
+    ("structure and min_tokens", TEXT, completion(structured_outputs={"regex": "a"}, min_tokens=2), 400, "min_tokens"),
+    ("older guided field", TEXT, completion(guided_regex="a"), 400, "guided_regex"),
+    ("tool choice", CHAT, chat(tool_choice=RUBBISH), 400, "tool_choice"),
+    ("audio", CHAT, chat(audio=RUBBISH), 400, "audio"),
+    ("beam search", TEXT, completion(use_beam_search=True), 400, "use_beam_search"),
+]
+
 
 @pytest.fixture(scope="module")
 def canary_text(service: Service) -> str:
@@ -118,16 +189,19 @@ def canary_text(service: Service) -> str:
     return stream.text
 
 
-def test_every_bad_body_is_refused_by_name_and_disturbs_nobody(calm: Service, canary_text: str) -> None:
+@pytest.mark.parametrize(("bodies", "seconds"), [(BODIES, 2.0), (FIELDS, 1.0)], ids=["bodies", "fields"])
+def test_every_bad_body_is_refused_by_name_and_disturbs_nobody(
+    calm: Service, canary_text: str, bodies: list[tuple[str, str, bytes, int, str | None]], seconds: float
+) -> None:
     canary = Stream(calm, 160)
     canary.first.wait(30)
     wrong = []
-    for name, path, body, status, param in BODIES:
+    for name, path, body, status, param in bodies:
         began = time.monotonic()
         got, answer = raw_post(calm, path, body)
         took = time.monotonic() - began
         error = answer.get("error", {})
-        if got != status or not error.get("message") or (param and error.get("param") != param) or took > 2:
+        if got != status or not error.get("message") or (param and error.get("param") != param) or took > seconds:
             wrong.append((name, got, error, f"{took:.2f} s"))
     assert not wrong, wrong
     assert calm.status("/health") == 200

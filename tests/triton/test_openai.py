@@ -7,15 +7,12 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-import torch
+from greedy import GreedyJudge
 from pagoda.server import store
 from pagoda.text.tokenizer import Tokenizer
 from service import MODEL, Service
-from transformers import AutoModelForCausalLM
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-NEAR_TIE = 1e-4
-"""Logits closer than this may swap with the batch's shape: float32 products change their last bits with it."""
 
 
 @pytest.fixture
@@ -96,28 +93,6 @@ async def test_greedy_text_equals_the_lone_run_and_transformers(async_client: op
             near_ties += judge.check(prompt, text)
     print(f"near ties among {20 * 64} tokens: {near_ties}")
     assert near_ties <= 2
-
-
-class GreedyJudge:
-    """transformers' own float32 logits over prompt and continuation: the continuation is greedy when each of its
-    tokens is the argmax of the logits before it, which one forward pass shows for all of them."""
-
-    def __init__(self) -> None:
-        folder = store.models_dir() / store.DEFAULT_MODEL
-        self.tokenizer = Tokenizer.from_folder(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    @torch.inference_mode()
-    def check(self, prompt: str, text: str) -> int:
-        """The number of tokens that are second by less than NEAR_TIE; any other difference fails."""
-        start = self.tokenizer.encode(prompt)
-        ids = start + self.tokenizer.encode(text)
-        logits = self.model(torch.tensor([ids])).logits[0, len(start) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(ids[len(start) :])[:, None])[:, 0]
-        gap = logits.max(dim=1).values - chosen
-        worst = float(gap.max())
-        assert worst < NEAR_TIE, f"token {int(gap.argmax())} of {text!r} is {worst} below the best"
-        return int((gap > 0).sum())
 
 
 def test_completion_of_several_prompts_and_token_ids(client: openai.OpenAI) -> None:

@@ -79,9 +79,16 @@ def test_parameters_may_be_the_request_s_own_and_numbers_strings(calm: Service) 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        ({"max_tokens": 0}, "max_tokens must be in [1, 2147483647], not 0"),
         ({"temperature": -1}, "temperature must be in"),
         ({"max_tokens": "many"}, "parameter max_tokens='many'"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be in (0, 10], not 0.0"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias must be made of token ids in [0, 49152), not 999999"),
+        ({"min_tokens": 17}, "min_tokens must be at most max_tokens (16), not 17"),
+        ({"bad_words": [""]}, "bad_words must hold words of 1 to 256 characters"),
+        ({"structured_outputs": "{"}, "structured_outputs is not valid JSON"),
+        ({"timeout": 0}, "timeout must be in (0, 86400]"),
+        ({"n": 2}, "n must be 1 here, not 2"),
         ({"no_such": 1}, "parameter 'no_such' is not available"),
         ({"max_tokens": 9000}, "together pass the model's context of 8192 tokens by 813"),
     ],

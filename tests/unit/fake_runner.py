@@ -14,12 +14,14 @@ import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pagoda.block_pool import BlockPool
+from pagoda.plan import Chunk, Collected, Plan
 from pagoda.protocol import FinishReason
 from pagoda.request import Request, Status
 from pagoda.sampling_params import SamplingParams
-from pagoda.scheduler import Chunk, Plan, Scheduler
+from pagoda.scheduler import MAX_PREEMPTIONS, Scheduler
 
 VOCAB = 50
 MASK = (1 << 64) - 1
@@ -33,9 +35,33 @@ def make_request(
     stop_ids: Iterable[int] = (),
     seed: int = 0,
     salt: str = "",
+    priority: int = 0,
+    timeout: float | None = None,
+    waits: bool = False,
 ) -> Request:
-    prompt = list(prompt_ids)
-    return Request(key, prompt, SamplingParams(), max_tokens, frozenset(stop_ids), seed, cache_salt=salt)
+    """`waits`: the request's next token may depend on all tokens before it, so that it is never a step ahead."""
+    params = SamplingParams(presence_penalty=1.0) if waits else SamplingParams()
+    return Request(
+        key,
+        list(prompt_ids),
+        params,
+        max_tokens,
+        frozenset(stop_ids),
+        seed,
+        cache_salt=salt,
+        priority=priority,
+        timeout=timeout,
+    )
+
+
+def make_group(keys: Iterable[Hashable], prompt_ids: Iterable[int], **rest: Any) -> Request:
+    """A request whose forks answer the same prompt, each drawing with a seed of its own; the first key leads."""
+    prompt, seed = list(prompt_ids), rest.pop("seed", 0)
+    leader, *forks = [make_request(key, prompt, seed=seed + i, **rest) for i, key in enumerate(keys)]
+    leader.forks = forks
+    for fork in forks:
+        fork.fork_of = leader
+    return leader
 
 
 def root_trace(salt: str) -> int:
@@ -49,6 +75,16 @@ def mix(trace: int, token: int) -> int:
 
 def sample(trace: int, seed: int) -> int:
     return int(mix(trace ^ (seed & MASK), VOCAB) >> 33) % VOCAB
+
+
+def rank_of(request: Request) -> tuple[float, int]:
+    """Ten seconds of waiting outweigh one level of priority; among equals the first comer is the first served."""
+    return (request.arrival_time + 10.0 * request.priority, abs(request.rank[1]))
+
+
+def is_held(request: Request) -> bool:
+    """True for a fork that waits until its leader's prompt has been computed."""
+    return request.fork_of is not None and request in request.fork_of.forks
 
 
 class Lone:
@@ -108,6 +144,7 @@ class FakeRunner:
         """The hash that each content seen in a block deserves."""
         self.num_launches = 0
         self.num_tokens = 0
+        self.num_copies = 0
         self.in_flight: list[FakeLaunched] = []
         self._lone: dict[Request, Lone] = {}
         self._device_sample: dict[Request, int] = {}
@@ -115,6 +152,9 @@ class FakeRunner:
 
     def launch(self, plan: Plan) -> FakeLaunched:
         self._check_plan(plan)
+        for source, target in plan.copies:
+            self.slots[target] = list(self.slots[source])
+            self.num_copies += 1
         for chunk in plan.chunks:
             self._write(chunk)
         if self.verify:
@@ -126,9 +166,9 @@ class FakeRunner:
         self.num_tokens += plan.num_tokens
         return launched
 
-    def collect(self, launched: FakeLaunched) -> list[int]:
+    def collect(self, launched: FakeLaunched) -> Collected:
         assert self.in_flight.pop(0) is launched, "steps are read back in the order in which they were launched"
-        return launched.sampled
+        return Collected(launched.sampled)
 
     def lone(self, request: Request) -> Lone:
         if request not in self._lone:
@@ -156,6 +196,7 @@ class FakeRunner:
         if not chunk.reads_pending:
             return chunk.request.token_ids[position]
         assert chunk.count == 1, "only a decode reads a token that is still on the device"
+        assert not chunk.request.params.depends_on_output, "this request's tokens must be known before its next one"
         return self._device_sample[chunk.request]
 
     def _read(self, chunk: Chunk) -> None:
@@ -185,12 +226,21 @@ class FakeRunner:
         assert len({c.request for c in chunks}) == len(chunks), "a request is twice in one step"
         for chunk in chunks:
             self._check_chunk(chunk)
+        self._check_order(plan)
         decodes = [self._is_decode(chunk) for chunk in chunks]
         assert decodes == sorted(decodes, reverse=True), "a decode comes after a prefill"
         assert sum(decodes) <= plan.num_decodes, "a decode is not counted as one"
         self._entered.update((chunk.request, chunk.epoch) for chunk in chunks)
-        first = next(iter(scheduler.requests.values()))
-        assert first.num_pending or any(c.request is first for c in chunks), "the oldest request makes no progress"
+        first = scheduler.running[0]
+        assert first.num_pending or any(c.request is first for c in chunks), "the first in rank makes no progress"
+
+    def _check_order(self, plan: Plan) -> None:
+        """Whoever enters ranks before all who could have entered instead."""
+        ready = [r for r in self.scheduler.requests.values() if r.status is Status.WAITING and not is_held(r)]
+        first = min(map(rank_of, ready), default=None)
+        for chunk in plan.chunks:
+            if first is not None and self._entered.get(chunk.request) != chunk.epoch:
+                assert rank_of(chunk.request) < first, f"request {chunk.request.key!r} overtakes another"
 
     def _check_chunk(self, chunk: Chunk) -> None:
         request, end = chunk.request, chunk.start + chunk.count
@@ -211,7 +261,12 @@ def audit(runner: FakeRunner) -> None:
     """Prove the memory's invariants from what was written, without the code under test. Raises AssertionError."""
     scheduler = runner.scheduler
     running = [r for r in scheduler.requests.values() if r.status is Status.RUNNING]
-    assert running == sorted(scheduler.running, key=lambda r: r.arrival), "a running request is not in the list"
+    assert sorted(running, key=lambda r: r.rank) == scheduler.running, "the running requests are not listed by rank"
+    waiting = {r for r in scheduler.requests.values() if r.status is Status.WAITING}
+    assert waiting == set(scheduler.waiting._costs), "the queue counts others than those who wait"
+    assert scheduler.waiting.num_tokens == sum(scheduler.waiting._costs.values())
+    assert {r for r in waiting if not is_held(r)} == set(scheduler.waiting._ready), "a request waits for nothing"
+    assert set(scheduler.requests.values()) >= set(scheduler._deadlines), "an ended request keeps its deadline"
     assert not any(r.block_ids for r in scheduler.requests.values() if r.status is not Status.RUNNING)
     owners = Counter(block for request in running for block in request.block_ids)
     _audit_ownership(scheduler, owners)
@@ -273,8 +328,11 @@ def _audit_request(runner: FakeRunner, request: Request, owners: Counter[int]) -
     size, blocks = runner.block_size, request.block_ids
     assert len(set(blocks)) == len(blocks), f"request {request.key!r} holds a block twice"
     assert len(blocks) * size >= request.num_computed, f"request {request.key!r} computed beyond its blocks"
-    waste = len(blocks) - -(-request.num_tokens // size)
+    settled = request.epoch >= MAX_PREEMPTIONS
+    most = request.num_prompt_tokens + request.max_tokens if settled else request.num_tokens
+    waste = len(blocks) - -(-most // size)
     assert waste <= 0, f"request {request.key!r} holds {waste} blocks that it has no token for"
+    assert request.epoch <= MAX_PREEMPTIONS, f"request {request.key!r} was preempted {request.epoch} times"
     for block in blocks[request.num_computed // size :]:
         assert owners[block] == 1, f"block {block}, which request {request.key!r} writes to, is shared"
         assert runner.scheduler.pool._hash_of[block] is None, f"block {block} has a hash before it is full"
@@ -289,13 +347,14 @@ def _audit_request(runner: FakeRunner, request: Request, owners: Counter[int]) -
 
 
 class Clock:
-    """Seconds that pass only when told to, and a little with every look."""
+    """Time that passes with every look at it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tick: float = 0.02) -> None:
         self.now = 0.0
+        self.tick = tick
 
     def __call__(self) -> float:
-        self.now += 1e-6
+        self.now += self.tick
         return self.now
 
 
@@ -308,9 +367,15 @@ class Ledger:
         self.reasons: dict[Hashable, FinishReason] = {}
 
     def accept(self, request: Request) -> None:
-        assert request.key not in self.requests
-        self.requests[request.key] = request
-        self.given[request.key] = []
+        for member in (request, *request.forks):
+            assert member.key not in self.requests
+            self.requests[member.key] = member
+            self.given[member.key] = []
+
+    def forget(self, request: Request) -> None:
+        """It was refused, and its forks with it."""
+        for member in (request, *request.forks):
+            del self.requests[member.key], self.given[member.key]
 
     def record(self, key: Hashable, index: int, tokens: list[int], reason: FinishReason | None) -> None:
         assert key not in self.reasons, f"request {key!r} gets something after its end"
@@ -343,6 +408,7 @@ class Loop:
         self.runner = runner
         self.scheduler = runner.scheduler
         self.ledger = Ledger()
+        self.num_expired = 0
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -353,6 +419,11 @@ class Loop:
         if request is not None:
             self.ledger.record(key, request.num_output_tokens, [], "abort")
 
+    def expire(self) -> None:
+        for request in self.scheduler.expire():
+            self.ledger.record(request.key, request.num_output_tokens, [], "abort")
+            self.num_expired += 1
+
     def launch(self) -> Plan:
         plan = self.scheduler.schedule()
         if plan:
@@ -361,11 +432,12 @@ class Loop:
 
     def read_back(self) -> None:
         launched = self.runner.in_flight[0]
-        for progress in self.scheduler.update(launched.plan, self.runner.collect(launched)):
+        for progress in self.scheduler.update(launched.plan, self.runner.collect(launched).token_ids):
             index = progress.request.num_output_tokens - len(progress.new_token_ids)
             self.ledger.record(progress.request.key, index, progress.new_token_ids, progress.finish_reason)
 
     def step(self) -> Plan:
+        self.expire()
         plan = self.launch()
         in_flight = self.runner.in_flight
         assert plan or in_flight or not self.scheduler.requests, "requests are left and nothing runs"
@@ -380,9 +452,10 @@ class Loop:
             assert self.runner.num_launches <= most, "requests are left after all the steps that they could need"
 
     def most_steps(self) -> int:
-        """Steps in which all requests are done even if only the oldest ever moves, by one token at a time."""
+        """Steps for all even if one at a time moves, by a token, and all are preempted as often as can be."""
         ahead = self.runner.steps_ahead
-        return sum(r.num_prompt_tokens + r.max_tokens + ahead for r in self.ledger.requests.values()) + ahead
+        tokens = sum(r.num_prompt_tokens + r.max_tokens + ahead for r in self.ledger.requests.values())
+        return (1 + MAX_PREEMPTIONS) * tokens + ahead
 
 
 def make_loop(
@@ -392,6 +465,7 @@ def make_loop(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 64,
     max_num_queued_requests: int = 10_000,
+    max_num_queued_tokens: int = 1_000_000,
     enable_prefix_caching: bool = True,
     steps_ahead: int = 0,
     verify: bool = True,
@@ -404,6 +478,7 @@ def make_loop(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_queued_requests=max_num_queued_requests,
+        max_num_queued_tokens=max_num_queued_tokens,
         enable_prefix_caching=enable_prefix_caching,
         clock=Clock(),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pagoda.block_pool import BlockPool
 from pagoda.request import Request
 from pagoda.scheduler import Scheduler
-from unit.fake_runner import Loop, audit, make_loop, make_request
+from unit.fake_runner import Loop, audit, make_group, make_loop
 
 PROMPTS = [[1] * 24, [1] * 8 + [2] * 16, [1] * 5 + [3] * 19, [4, 5] * 12]
 """Prompts are heads of these, so that many share blocks and some part within one."""
@@ -45,13 +46,14 @@ class MemoryMachine(RuleBasedStateMachine):
             scheduler_class=self.scheduler_class,
         )
 
-    def _add(self, prompt: list[int], max_tokens: int, salt: str, stops: bool) -> None:
+    def _add(self, prompt: list[int], max_tokens: int, salt: str, stops: bool, *, size: int = 1, **rest: Any) -> None:
         room = self.loop.scheduler.pool.num_blocks * self.loop.scheduler.block_size
         prompt = prompt[: room - 1]
         max_tokens = min(max_tokens, room - len(prompt))
-        key = len(self.loop.ledger.requests)
+        first = len(self.loop.ledger.requests)
         stop_ids = range(0, 50, 5) if stops else ()
-        self.loop.add(make_request(key, prompt, max_tokens=max_tokens, stop_ids=stop_ids, salt=salt))
+        keys = range(first, first + size)
+        self.loop.add(make_group(keys, prompt, max_tokens=max_tokens, stop_ids=stop_ids, salt=salt, **rest))
 
     @rule(
         prompt=st.sampled_from(PROMPTS),
@@ -62,6 +64,25 @@ class MemoryMachine(RuleBasedStateMachine):
     )
     def add(self, prompt: list[int], length: int, max_tokens: int, salt: str, stops: bool) -> None:
         self._add(prompt[:length], max_tokens, salt, stops)
+
+    @rule(
+        prompt=st.sampled_from(PROMPTS),
+        length=st.integers(1, 20),
+        max_tokens=st.integers(1, 12),
+        size=st.integers(2, 4),
+        priority=st.integers(-1, 1),
+        waits=st.booleans(),
+    )
+    def fork(self, prompt: list[int], length: int, max_tokens: int, size: int, priority: int, waits: bool) -> None:
+        self._add(prompt[:length], max_tokens, "", False, size=size, priority=priority, waits=waits)
+
+    @rule(prompt=st.sampled_from(PROMPTS), length=st.integers(1, 20), timeout=st.sampled_from([0.2, 1.0, 5.0]))
+    def add_with_a_deadline(self, prompt: list[int], length: int, timeout: float) -> None:
+        self._add(prompt[:length], 16, "", False, timeout=timeout)
+
+    @rule()
+    def expire(self) -> None:
+        self.loop.expire()
 
     @precondition(lambda self: self.loop.ledger.requests)
     @rule(data=st.data(), extra=st.integers(0, 3), max_tokens=st.integers(1, 8))

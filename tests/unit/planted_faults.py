@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from unittest import mock
 
 from pagoda.block_pool import BlockPool
+from pagoda.plan import Chunk, Plan
 from pagoda.protocol import FinishReason
 from pagoda.request import Request, Status
-from pagoda.scheduler import Chunk, Scheduler
+from pagoda.scheduler import Scheduler
 
 
 class LeakOnFinish(Scheduler):
@@ -55,8 +56,8 @@ class ReusesAWritableBlock(Scheduler):
 class SharesAPartBlock(Scheduler):
     """A prompt's hit is taken to reach one block further, into one that its owner still writes."""
 
-    def _take_blocks(self, request: Request) -> bool:
-        if not super()._take_blocks(request):
+    def _take_blocks(self, request: Request, plan: Plan) -> bool:
+        if not super()._take_blocks(request, plan):
             return False
         index = request.num_computed // self.block_size
         for other in self.running:
@@ -131,9 +132,91 @@ class ForgetsTheBudget(Scheduler):
 class NewestFirst(Scheduler):
     """The queue serves the newest first, so that the oldest starves."""
 
-    def _next_waiting(self) -> Request | None:
-        self._waiting.sort(key=lambda entry: (entry[1].status is Status.WAITING, entry[0]), reverse=True)
-        return super()._next_waiting()
+    def _enter(self, request: Request, now: float) -> None:
+        super()._enter(request, now)
+        request.rank = (-request.rank[0], -request.rank[1])
+
+
+class IgnoresPriority(Scheduler):
+    """Every request ranks by its arrival alone."""
+
+    def _enter(self, request: Request, now: float) -> None:
+        priority, request.priority = request.priority, 0
+        super()._enter(request, now)
+        request.priority = priority
+
+
+class ForksWithoutACopy(Scheduler):
+    """A fork writes its own tokens into the block that its leader's prompt ends in."""
+
+    def _take_blocks(self, request: Request, plan: Plan) -> bool:
+        if not super()._take_blocks(request, plan):
+            return False
+        for source, target in plan.copies:
+            if target in request.block_ids:
+                self.pool.share([source])
+                self.pool.release([target])
+                request.block_ids[request.block_ids.index(target)] = source
+        plan.copies.clear()
+        return True
+
+
+class CopiesTheWrongBlock(Scheduler):
+    """A fork gets the block before the one that its prompt ends in."""
+
+    def _take_blocks(self, request: Request, plan: Plan) -> bool:
+        taken = super()._take_blocks(request, plan)
+        plan.copies = [(max(0, source - 1), target) for source, target in plan.copies]
+        return taken
+
+
+class ForksTooEarly(Scheduler):
+    """Forks are let go when they come, not when their leader's prompt has been computed."""
+
+    def _find_known(self, request: Request, plan: Plan) -> tuple[list[int], int]:
+        leader = request.fork_of
+        if leader is not None and leader.status is Status.RUNNING:
+            shared = request.num_prompt_tokens - 1
+            return leader.block_ids[: self._num_blocks(shared)], shared
+        return super()._find_known(request, plan)
+
+    def add(self, request: Request) -> None:
+        super().add(request)
+        self._release_forks(request)
+
+
+class LosesAnOrphan(Scheduler):
+    """Forks whose leader ends before its prompt is computed are never let go."""
+
+    def _bequeath(self, leader: Request) -> None:
+        pass
+
+
+class PreemptsTheSettled(Scheduler):
+    """A request is preempted whenever it is the last in rank."""
+
+    def _make_room(self, request: Request) -> bool:
+        last = self.running[-1]
+        if not self.pool.num_free and last is not request and last.epoch > 0:
+            self._preempt(last)
+        return super()._make_room(request)
+
+
+class RunsAheadOfItsTokens(Scheduler):
+    """A request whose next token depends on the last one runs before that one is known."""
+
+    def _can_decode(self, request: Request) -> bool:
+        return request.num_output_tokens + request.num_pending < request.max_tokens
+
+
+class ForgetsWhatWaits(Scheduler):
+    """An aborted request still counts among those that wait."""
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        waited = request.status is Status.WAITING
+        super()._finish(request, reason)
+        if waited:
+            self.waiting.num_tokens += 1
 
 
 @dataclass(frozen=True)
@@ -163,6 +246,14 @@ def _faults() -> Iterator[Fault]:
     yield Fault("token lost on preemption", scheduler=DropsATokenOnPreemption)
     yield Fault("budget exceeded", scheduler=ForgetsTheBudget)
     yield Fault("newest first", scheduler=NewestFirst)
+    yield Fault("priority ignored", scheduler=IgnoresPriority)
+    yield Fault("fork without a copy", scheduler=ForksWithoutACopy, seen_by_check=True)
+    yield Fault("fork copies the wrong block", scheduler=CopiesTheWrongBlock)
+    yield Fault("fork before the prompt is computed", scheduler=ForksTooEarly)
+    yield Fault("fork without its leader lost", scheduler=LosesAnOrphan)
+    yield Fault("settled request preempted", scheduler=PreemptsTheSettled)
+    yield Fault("ahead of a token that must be known", scheduler=RunsAheadOfItsTokens)
+    yield Fault("queue counts who has left", scheduler=ForgetsWhatWaits)
 
 
 FAULTS = list(_faults())

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from pagoda.block_pool import BlockPool
 from pagoda.engine import Cancel, Command, Engine, Event, Refusal, StepResult, Stop, Submit
-from pagoda.errors import Overloaded
+from pagoda.errors import DeadlineExceeded, Overloaded
 from pagoda.request import Request
 from pagoda.scheduler import Scheduler
-from unit.fake_runner import VOCAB, Lone, Loop, audit, make_loop, make_request
+from unit.fake_runner import VOCAB, Lone, Loop, audit, make_group, make_loop
 from unit.planted_faults import Fault
 
 SESSION = "s"
@@ -28,6 +28,7 @@ class Shape:
     max_num_seqs: int
     budget: int
     max_queued: int
+    max_queued_tokens: int
     caching: bool
     steps_ahead: int
 
@@ -40,9 +41,10 @@ def draw_shape(rng: random.Random, num_requests: int) -> Shape:
         block_size=block_size,
         max_model_len=max_model_len,
         num_blocks=least + rng.choice([0, 1, 2, least // 2, least, 3 * least]),
-        max_num_seqs=rng.choice([1, 4, 8, 32]),
-        budget=rng.choice([3, 8, 16, 64, 256]),
+        max_num_seqs=(max_num_seqs := rng.choice([1, 4, 8, 32])),
+        budget=max(max_num_seqs, rng.choice([3, 8, 16, 64, 256])),
         max_queued=rng.choice([2, 8, num_requests, num_requests]),
+        max_queued_tokens=rng.choice([100, 10_000_000, 10_000_000]),
         caching=rng.random() < 0.8,
         steps_ahead=rng.randrange(2),
     )
@@ -58,12 +60,21 @@ class Script:
         self.burst = rng.choice([1, 2, 8, 30])
         self.pause = rng.choice([0.0, 0.3, 0.8])
         self.abort_rate = rng.choice([0.0, 0.02, 0.15])
+        self.priorities = rng.choice([[0], [0, 0, 0, 1], [-2, 0, 0, 1, 5]])
+        self.timeouts = rng.choice([[None], [None], [None, None, None, 3.0, 30.0], [1.0, 10.0]])
+        self.wait_rate = rng.choice([0.0, 0.0, 0.3, 1.0])
+        self.group_rate = rng.choice([0.0, 0.0, 0.2])
         self.asked: list[Request] = []
+        self.num_keys = 0
         self.openings = [self._tokens(shape.max_model_len) for _ in range(3)]
 
     def again(self) -> None:
         """A request was refused: somebody asks for another one later."""
         self.num_left += 1
+
+    def _keys(self, count: int) -> list[Hashable]:
+        first, self.num_keys = self.num_keys, self.num_keys + count
+        return [(SESSION, key) for key in range(first, first + count)]
 
     def _tokens(self, count: int) -> list[int]:
         return self.rng.choices(range(VOCAB), k=count)
@@ -86,15 +97,19 @@ class Script:
         before = rng.choice(self.asked[-8:]) if self.asked and rng.random() < 0.3 else None
         salt = before.cache_salt if before else rng.choice(["", "", "a"])
         prompt = self._prompt(before)[: rng.randint(1, longest - 1)]
-        request = make_request(
-            (SESSION, len(self.asked)),
+        size = rng.randint(2, min(5, self.shape.max_queued)) if rng.random() < self.group_rate else 1
+        request = make_group(
+            self._keys(size),
             prompt,
             max_tokens=rng.randint(1, min(longest - len(prompt), 40)),
             stop_ids=rng.sample(range(VOCAB), rng.choice([0, 0, 2, 6])),
             seed=rng.choice([0, 1]),
             salt=salt,
+            priority=rng.choice(self.priorities),
+            timeout=rng.choice(self.timeouts),
+            waits=rng.random() < self.wait_rate,
         )
-        self.asked.append(request)
+        self.asked += [request, *request.forks]
         return request
 
     def _prompt(self, before: Request | None) -> list[int]:
@@ -128,6 +143,7 @@ def simulate(
         max_num_seqs=shape.max_num_seqs,
         max_num_batched_tokens=shape.budget,
         max_num_queued_requests=shape.max_queued,
+        max_num_queued_tokens=shape.max_queued_tokens,
         enable_prefix_caching=shape.caching,
         steps_ahead=shape.steps_ahead,
         verify=not check_only,
@@ -143,7 +159,7 @@ def simulate(
     loop.ledger.check_complete()
     loop.scheduler.pool.check([])
     assert loop.scheduler.pool.num_owned == 0
-    assert loop.runner.num_launches <= loop.most_steps(), "more steps than if the oldest alone ever moved"
+    assert loop.runner.num_launches <= loop.most_steps(), "more steps than any order of them could need"
     for request in loop.ledger.requests.values():
         _check_times(request)
     return loop
@@ -159,20 +175,28 @@ def _drive_loop(loop: Loop, script: Script, audit_every: int) -> None:
     """The scheduler alone, in the engine's order."""
     scheduler, turns = loop.scheduler, 0
     while script.num_left or scheduler.requests or loop.runner.in_flight:
-        assert loop.runner.num_launches <= loop.most_steps(), "more steps than if the oldest alone ever moved"
+        assert loop.runner.num_launches <= loop.most_steps(), "more steps than any order of them could need"
         idle = not scheduler.requests and not loop.runner.in_flight
         for action in script.turn(idle=idle, live=list(scheduler.requests)):
             if isinstance(action, Request):
                 try:
                     loop.add(action)
                 except Overloaded:
-                    assert scheduler.num_waiting >= scheduler.max_num_queued_requests
+                    _check_refusal(scheduler, action)
                     script.again()
             else:
                 loop.abort(action)
         loop.step()
         turns += 1
         _look(loop, turns, audit_every)
+
+
+def _check_refusal(scheduler: Scheduler, request: Request) -> None:
+    waiting, group = scheduler.waiting, [request, *request.forks]
+    tokens = request.num_prompt_tokens + len(request.forks)
+    assert len(waiting) + len(group) > waiting.max_requests or waiting.num_tokens + tokens > waiting.max_tokens
+    assert len(waiting) > 0, "an empty queue refuses nobody"
+    assert not any(member.key in scheduler.requests for member in group), "a group was taken in part"
 
 
 def _look(loop: Loop, turns: int, audit_every: int) -> None:
@@ -225,10 +249,15 @@ def _drive_engine(loop: Loop, script: Script, audit_every: int) -> None:
     ledger = loop.ledger
 
     def emit(event: Event) -> None:
-        if isinstance(event, Refusal):
+        if isinstance(event, Refusal) and isinstance(event.error, DeadlineExceeded):
+            ledger.record(event.key, len(ledger.given[event.key]), [], "abort")
+            loop.num_expired += 1
+        elif isinstance(event, Refusal):
             assert isinstance(event.error, Overloaded)
+            request = ledger.requests[event.key]
             del ledger.requests[event.key], ledger.given[event.key]
-            script.again()
+            if request.fork_of is None:
+                script.again()
         elif isinstance(event, StepResult):
             for key, output in event.outputs:
                 assert key == (SESSION, output.id)

@@ -11,9 +11,9 @@ import pytest
 from pagoda import engine as engine_module
 from pagoda.engine import Cancel, Command, Engine, Event, Refusal, StepResult, Stop, Submit
 from pagoda.errors import Overloaded
+from pagoda.plan import Plan
 from pagoda.protocol import Metrics, Output, Usage
 from pagoda.request import Request
-from pagoda.scheduler import Plan
 from unit.fake_runner import FakeLaunched, FakeRunner, lone_run, make_loop, make_request
 
 SESSION = "s"
@@ -257,6 +257,7 @@ def test_gauges_show_a_running_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         "num_requests_waiting": 1,
         "kv_cache_usage_perc": 2 / 8,
         "gpu_cache_usage_perc": 2 / 8,
+        "kv_cache_waste_perc": 0,
     }
 
 

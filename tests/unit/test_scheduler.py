@@ -6,9 +6,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from pagoda.errors import Overloaded
+from pagoda.plan import Plan
 from pagoda.request import Request, Status
-from pagoda.scheduler import Plan
-from unit.fake_runner import Loop, audit, lone_run, make_loop, make_request
+from pagoda.scheduler import MAX_PREEMPTIONS
+from unit.fake_runner import Loop, audit, lone_run, make_group, make_loop, make_request
 from unit.memory_machine import MemoryMachine
 from unit.planted_faults import FAULTS, Fault
 
@@ -75,7 +76,7 @@ def test_no_more_than_max_num_seqs_run_and_the_rest_wait_in_order() -> None:
     for key in "abc":
         add(loop, key, 1, max_tokens=2 if key == "a" else 9)
     assert [r[0] for r in shape(loop.step())] == ["a", "b"]
-    assert loop.scheduler.num_waiting == 1
+    assert len(loop.scheduler.waiting) == 1
     loop.step()
     assert [r[0] for r in shape(loop.step())] == ["b", "c"]
 
@@ -189,6 +190,150 @@ def test_a_full_queue_refuses_at_once_and_says_why() -> None:
     add(loop, "e", 1)
     loop.drain()
     loop.ledger.check_complete()
+
+
+def test_waiting_tokens_are_bounded_but_a_single_prompt_is_never_too_long() -> None:
+    loop = make_loop(max_num_seqs=1, max_num_queued_tokens=10)
+    add(loop, "a", 20)
+    loop.step()
+    add(loop, "b", 6)
+    with pytest.raises(Overloaded, match="6 tokens are waiting and this request has 5"):
+        loop.scheduler.add(make_request("c", range(5)))
+    add(loop, "d", 4)
+    loop.abort("b")
+    add(loop, "e", 6)
+    loop.drain()
+    loop.ledger.check_complete()
+
+
+# ── priorities ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_lower_priority_number_enters_first() -> None:
+    loop = make_loop(max_num_seqs=1)
+    add(loop, "running", 1, max_tokens=3)
+    loop.step()
+    for key, priority in [("late", 1), ("first", -1), ("plain", 0)]:
+        add(loop, key, 1, max_tokens=1, priority=priority)
+    loop.drain()
+    assert list(loop.ledger.reasons) == ["running", "first", "plain", "late"]
+
+
+def test_waiting_outweighs_priority() -> None:
+    """Ten seconds a level: whoever waits long enough is overtaken no more."""
+    loop = make_loop(max_num_seqs=1)
+    add(loop, "running", 1, max_tokens=4)
+    loop.step()
+    add(loop, "patient", 1, max_tokens=1, priority=1)
+    loop.scheduler.clock.now += 10.0  # type: ignore[attr-defined]
+    add(loop, "urgent", 1, max_tokens=1, priority=0)
+    loop.drain()
+    assert list(loop.ledger.reasons) == ["running", "patient", "urgent"]
+
+
+def test_the_lowest_priority_is_preempted_first_then_the_newest() -> None:
+    loop = make_loop(num_blocks=8, block_size=4)
+    for key, priority in [("a", 0), ("low", 5), ("b", 0)]:
+        add(loop, key, [len(key)] * 6, max_tokens=20, priority=priority)
+    preempted: list[object] = []
+    while loop.scheduler.requests:
+        before = {r.key: r.epoch for r in loop.scheduler.requests.values()}
+        loop.step()
+        preempted += [r.key for r in loop.scheduler.requests.values() if r.epoch > before.get(r.key, 0)]
+    assert preempted[:2] == ["low", "b"]
+
+
+def test_a_request_is_preempted_a_bounded_number_of_times() -> None:
+    """Then it keeps all the blocks it may ever need."""
+    loop = make_loop(num_blocks=10, block_size=2, max_num_seqs=4)
+    victim = add(loop, "victim", [1, 1], max_tokens=18, priority=100)
+    for turn in range(6):
+        while victim.status is Status.WAITING:
+            loop.step()
+        for key in "xyz":
+            add(loop, f"{key}{turn}", [2, 2, 3], max_tokens=6)
+        for _ in range(6):
+            loop.step()
+    loop.drain()
+    loop.ledger.check_complete()
+    assert victim.epoch == MAX_PREEMPTIONS
+
+
+# ── deadlines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_deadline_ends_a_request_in_every_state() -> None:
+    loop = make_loop(max_num_seqs=1, max_num_batched_tokens=4)
+    late = [add(loop, "running", 3, max_tokens=40, timeout=1.0), add(loop, "waiting", 3, timeout=1.0)]
+    add(loop, "patient", 3, max_tokens=2, timeout=1000.0)
+    loop.step()
+    assert loop.scheduler.expire() == []
+    loop.scheduler.clock.now += 1.0  # type: ignore[attr-defined]
+    loop.expire()
+    assert [r.status for r in late] == [Status.FINISHED] * 2
+    loop.drain()
+    assert loop.ledger.reasons == {"running": "abort", "waiting": "abort", "patient": "length"}
+    assert not loop.scheduler._deadlines
+
+
+# ── several answers to one prompt ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_forks_share_the_prompt_and_copy_at_most_one_block() -> None:
+    """Ten tokens in blocks of four: two blocks are shared, the third is copied, one token is computed."""
+    loop = make_loop()
+    loop.add(make_group("abc", range(10), max_tokens=3))
+    assert shape(loop.step()) == [("a", 0, 10)]
+    plan = loop.step()
+    assert shape(plan) == [("a", 10, 1), ("b", 9, 1), ("c", 9, 1)]
+    a, b, c = (loop.scheduler.requests[key] for key in "abc")
+    assert a.block_ids[:2] == b.block_ids[:2] == c.block_ids[:2]
+    assert plan.copies == [(a.block_ids[2], b.block_ids[2]), (a.block_ids[2], c.block_ids[2])]
+    loop.drain()
+    loop.ledger.check_complete()
+
+
+def test_forks_of_whole_blocks_copy_only_when_the_last_token_is_inside_one() -> None:
+    """Nine tokens: the last one begins a block of its own."""
+    loop = make_loop(enable_prefix_caching=False)
+    loop.add(make_group("ab", range(9), max_tokens=2))
+    loop.step()
+    plan = loop.step()
+    assert (shape(plan), plan.copies) == ([("a", 9, 1), ("b", 8, 1)], [])
+    loop.drain()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_forks_of_an_aborted_request_go_on_without_it(steps: int) -> None:
+    """Queued, in the middle of its prompt, and decoding."""
+    loop = make_loop(max_num_batched_tokens=6)
+    loop.add(make_group("abc", range(10), max_tokens=3))
+    for _ in range(steps):
+        loop.step()
+    loop.abort("a")
+    loop.drain()
+    assert loop.ledger.reasons == {"a": "abort", "b": "length", "c": "length"}
+
+
+def test_a_group_is_taken_whole_or_not_at_all() -> None:
+    loop = make_loop(max_num_seqs=1, max_num_queued_requests=2)
+    with pytest.raises(Overloaded):
+        loop.scheduler.add(make_group("abc", [1]))
+    assert not loop.scheduler.requests
+    loop.add(make_group("xy", [1]))
+    loop.drain()
+
+
+# ── one step ahead ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_request_whose_next_token_depends_on_the_last_waits_for_it_alone() -> None:
+    loop = make_loop(steps_ahead=1)
+    add(loop, "waits", 3, waits=True)
+    add(loop, "runs", 3)
+    steps = [[key for key, _, _ in shape(loop.step())] for _ in range(5)]
+    assert steps == [["waits", "runs"], ["runs"], ["waits", "runs"], ["runs"], ["waits", "runs"]]
+    loop.drain()
 
 
 # ── prefix cache ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -333,7 +478,7 @@ def test_aborted_waiting_requests_are_forgotten() -> None:
     for n in range(2_000):
         add(loop, str(n), 8)
         loop.abort(str(n))
-    assert len(loop.scheduler._waiting) < 200
+    assert len(loop.scheduler.waiting._ready._heap) < 200
 
 
 def test_a_live_key_cannot_be_used_twice() -> None:

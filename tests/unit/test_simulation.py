@@ -10,14 +10,17 @@ import re
 from collections import Counter
 
 import pytest
+from pagoda.scheduler import MAX_PREEMPTIONS
 from unit.fake_runner import Loop
 from unit.planted_faults import FAULTS, Fault
 from unit.simulation import simulate
 
 SEEDS = int(os.environ.get("PAGODA_SIM_SEEDS", "2000"))
 SEEDS_PER_TEST = 250
-LONG_SEEDS = range(1_000_000, 1_000_005)
+LONG_SEEDS = range(1_000_000, 1_000_020)
 MUTATION_SEEDS = 400
+CASES = ("stop", "length", "abort", "expired", "preemptions", "settled", "hits", "forks", "copies")
+"""What a few hundred seeds must have met, each at least once."""
 
 only = os.environ.get("PAGODA_SIM_SEED")
 every_seed = pytest.mark.skipif(only is not None, reason="PAGODA_SIM_SEED replays one seed")
@@ -47,8 +50,12 @@ def test_seeds(first: int) -> None:
         seen.update(loop.ledger.reasons.values())
         seen["preemptions"] += loop.scheduler.counters.preemptions
         seen["hits"] += loop.scheduler.counters.prefix_hit_tokens
+        seen["expired"] += loop.num_expired
+        seen["forks"] += sum(r.fork_of is not None for r in loop.ledger.requests.values())
+        seen["copies"] += loop.runner.num_copies
+        seen["settled"] += sum(r.epoch == MAX_PREEMPTIONS for r in loop.ledger.requests.values())
     print(dict(seen))
-    assert min(seen[what] for what in ("stop", "length", "abort", "preemptions", "hits")) > 0, "the draw misses a case"
+    assert min(seen[what] for what in CASES) > 0, "the draw misses a case"
 
 
 @every_seed

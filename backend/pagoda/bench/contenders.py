@@ -18,34 +18,11 @@ from pagoda.bench.loads import Load
 
 
 def engine_alone(folder: str, loads: list[Load]) -> float:
-    """All requests at once to scheduler and runner, without a server."""
-    from pagoda import config, hf_config
-    from pagoda.block_pool import BlockPool
-    from pagoda.process import resolve_budget
-    from pagoda.request import Request
-    from pagoda.runner import Runner
-    from pagoda.sampling_params import SamplingParams
-    from pagoda.scheduler import Scheduler
+    """All requests at once to the engine's own loop, without a server."""
+    from pagoda import config
+    from pagoda.bench.alone import Alone
 
-    settings = config.from_parameters({"model": folder})
-    model = hf_config.load(Path(folder))
-    runner = Runner(settings, model, Path(folder), model.max_position_embeddings)
-    scheduler = Scheduler(
-        BlockPool(runner.num_blocks),
-        block_size=settings.block_size,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=resolve_budget(settings, runner.device.type),
-        max_num_queued_requests=len(loads),
-        enable_prefix_caching=settings.enable_prefix_caching,
-    )
-    params = SamplingParams(temperature=0, ignore_eos=True)
-    began = time.monotonic()
-    for i, load in enumerate(loads):
-        scheduler.add(Request(i, load.prompt_ids, params, load.num_output, frozenset(), 0))
-    while scheduler.requests:
-        plan = scheduler.schedule()
-        scheduler.update(plan, runner.collect(runner.launch(plan)))
-    return time.monotonic() - began
+    return Alone(config.from_parameters({"model": folder}), Path(folder)).run(loads).seconds
 
 
 def through_http(folder: str, loads: list[Load]) -> float:

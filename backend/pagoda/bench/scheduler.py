@@ -11,9 +11,10 @@ import statistics
 import time
 
 from pagoda.block_pool import BlockPool
+from pagoda.plan import Plan
 from pagoda.request import Request
 from pagoda.sampling_params import SamplingParams
-from pagoda.scheduler import Plan, Scheduler
+from pagoda.scheduler import Scheduler
 
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 128
@@ -28,6 +29,7 @@ def running(num_requests: int, *, steps_ahead: int, caching: bool) -> tuple[Sche
         max_num_seqs=num_requests,
         max_num_batched_tokens=num_requests * PROMPT_TOKENS,
         max_num_queued_requests=num_requests,
+        max_num_queued_tokens=num_requests * PROMPT_TOKENS,
         enable_prefix_caching=caching,
     )
     for key in range(num_requests):

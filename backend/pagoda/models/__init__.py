@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
@@ -11,7 +12,17 @@ from pagoda.batch import Batch
 from pagoda.errors import CheckpointError
 from pagoda.hf_config import HFConfig
 from pagoda.layers import KVCache, Rotary
+from pagoda.models.gemma2 import Gemma2ForCausalLM
+from pagoda.models.gemma3 import Gemma3ForCausalLM
 from pagoda.models.llama import LlamaForCausalLM
+from pagoda.models.mistral import MistralForCausalLM
+from pagoda.models.mixtral import MixtralForCausalLM
+from pagoda.models.phi3 import Phi3ForCausalLM
+from pagoda.models.qwen2 import Qwen2ForCausalLM
+from pagoda.models.qwen3 import Qwen3ForCausalLM
+from pagoda.models.qwen3_moe import Qwen3MoeForCausalLM
+
+log = logging.getLogger("pagoda.models")
 
 
 class CausalLM(Protocol):
@@ -27,7 +38,18 @@ class CausalLM(Protocol):
 
 
 ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
+    model.__name__: model
+    for model in (
+        Gemma2ForCausalLM,
+        Gemma3ForCausalLM,
+        LlamaForCausalLM,
+        MistralForCausalLM,
+        MixtralForCausalLM,
+        Phi3ForCausalLM,
+        Qwen2ForCausalLM,
+        Qwen3ForCausalLM,
+        Qwen3MoeForCausalLM,
+    )
 }
 
 
@@ -36,5 +58,8 @@ def build(config: HFConfig, ops: Ops) -> LlamaForCausalLM:
     architecture = ARCHITECTURES.get(config.architecture)
     if architecture is None:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise CheckpointError(f"architecture {config.architecture!r} is not known; known ones: {known}")
+        own = "; code that a folder brings (auto_map) is never run" if config.has_own_code else ""
+        raise CheckpointError(f"architecture {config.architecture!r} is not known; known ones: {known}{own}")
+    if config.has_own_code:
+        log.info("config.json points at code of its own (auto_map), which is not run: %s is built in", architecture)
     return architecture(config, ops)

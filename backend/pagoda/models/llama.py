@@ -1,6 +1,11 @@
-"""Llama (2 and 3.x, and whatever shares its architecture: SmolLM2, for one). https://arxiv.org/abs/2407.21783"""
+"""Llama (2 and 3.x, and whatever shares its architecture: SmolLM2, for one). https://arxiv.org/abs/2407.21783
+
+The trunk of the other families: their pages show how they differ from this one.
+"""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from pagoda_kernels import Ops
@@ -16,12 +21,19 @@ class LlamaAttention(nn.Module):
         super().__init__()
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = Linear(config.hidden_size, parts, ops, bias=config.attention_bias)
+        self.qkv_proj = Linear(config.hidden_size, parts, ops, bias=self.has_qkv_bias(config))
         self.attention = Attention(config, layer, ops)
         self.o_proj = Linear(q_size, config.hidden_size, ops, bias=config.attention_bias)
 
+    def has_qkv_bias(self, config: HFConfig) -> bool:
+        return config.attention_bias
+
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
+        """What normalises each head of the queries and of the keys."""
+        return None
+
     def forward(self, x: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
-        return self.o_proj(self.attention(self.qkv_proj(x), batch, rotary, cache))
+        return self.o_proj(self.attention(self.qkv_proj(x), batch, rotary, cache, self.head_norms()))
 
 
 class LlamaMLP(nn.Module):
@@ -30,19 +42,24 @@ class LlamaMLP(nn.Module):
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         self.gate_up_proj = Linear(config.hidden_size, parts, ops, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, ops, bias=config.mlp_bias)
-        self._ops = ops
+        self._activate = ops.silu_mul if config.activation == "silu" else ops.gelu_mul
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self._ops.silu_mul(self.gate_up_proj(x)))
+        return self.down_proj(self._activate(self.gate_up_proj(x)))
 
 
 class LlamaLayer(nn.Module):
+    attention_class: ClassVar[type[LlamaAttention]] = LlamaAttention
+
     def __init__(self, config: HFConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.self_attn = LlamaAttention(config, layer, ops)
+        self.self_attn = self.attention_class(config, layer, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.mlp = LlamaMLP(config, ops)
+        self.mlp = self.make_mlp(config, layer, ops)
+
+    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> nn.Module:
+        return LlamaMLP(config, ops)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
@@ -53,14 +70,20 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
+    layer_class: ClassVar[type[nn.Module]] = LlamaLayer
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+
     def __init__(self, config: HFConfig, ops: Ops) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaLayer(config, i, ops) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ops)
+        self.layers = nn.ModuleList(self.layer_class(config, i, ops) for i in range(config.num_layers))
+        self.norm = self.norm_class(config.hidden_size, config.rms_norm_eps, ops)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(token_ids)
 
     def forward(self, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
-        x = self.embed_tokens(batch.token_ids)
+        x = self.embed(batch.token_ids)
         residual = torch.zeros_like(x)
         for layer in self.layers:
             x = layer(x, residual, batch, rotary, cache)
@@ -68,11 +91,16 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
+    model_class: ClassVar[type[LlamaModel]] = LlamaModel
+
     def __init__(self, config: HFConfig, ops: Ops) -> None:
         super().__init__()
-        self.model = LlamaModel(config, ops)
+        self.model = self.model_class(config, ops)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, ops)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        self.tied: dict[str, str] = {}
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+            self.tied = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def forward(self, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
         return self.model(batch, rotary, cache)

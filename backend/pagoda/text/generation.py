@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from pagoda.client import RequestStream
-from pagoda.protocol import Usage
+from pagoda.protocol import TokenLogprob, Usage
 from pagoda.text.stream import TextStream
 
 
@@ -19,6 +19,12 @@ class Delta(msgspec.Struct, frozen=True):
     """Output tokens of this delta."""
     finish_reason: str | None
     usage: Usage | None
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of the delta's tokens, where asked for."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """With the first delta, where asked for."""
+    stopped: bool = False
+    """A stop string was found: text of the last tokens may be left out."""
 
 
 async def deltas(stream: RequestStream, text: TextStream) -> AsyncIterator[Delta]:
@@ -32,12 +38,22 @@ async def deltas(stream: RequestStream, text: TextStream) -> AsyncIterator[Delta
         usage = output.usage or usage
         piece = text.push(output.token_ids)
         if piece.stopped:
-            stream.abort("stop_string", piece.tokens_kept)
-            yield Delta(piece.text, piece.tokens_kept - shown, "stop", _kept(usage, piece.tokens_kept))
+            kept = piece.tokens_kept
+            stream.abort("stop_string", kept)
+            reported = None if output.logprobs is None else output.logprobs[: kept - shown]
+            prompt = output.prompt_logprobs
+            yield Delta(piece.text, kept - shown, "stop", _kept(usage, kept), reported, prompt, True)
             return
         shown += len(output.token_ids)
         rest = text.finish() if output.finish_reason is not None else ""
-        yield Delta(piece.text + rest, len(output.token_ids), output.finish_reason, output.usage)
+        yield Delta(
+            piece.text + rest,
+            len(output.token_ids),
+            output.finish_reason,
+            output.usage,
+            output.logprobs,
+            output.prompt_logprobs,
+        )
 
 
 def _kept(usage: Usage | None, tokens: int) -> Usage | None:

@@ -5,12 +5,16 @@ Numbers may come as strings. An unknown or unavailable parameter is refused by n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from pagoda.errors import InvalidRequest
-from pagoda.sampling_params import SamplingParams
+from pagoda.sampling_params import SamplingParams, check_request
+from pagoda.text.bad_words import bad_word_ids
+from pagoda.text.structured_outputs import structure_of
+from pagoda.text.tokenizer import Tokenizer
 from pagoda.text.wire import TextRequest
 
 DEFAULT_MAX_TOKENS = 16
@@ -22,39 +26,82 @@ MAX_STOP_CHARS = 1024
 class TextParameters(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     stop: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+    priority: int
+    timeout: float | None
 
 
 class _Given(msgspec.Struct, forbid_unknown_fields=True):
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    """vLLM's names and defaults; `timeout` is Pagoda's own."""
+
+    n: int = 1
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    structured_outputs: str | dict[str, Any] | None = None
+    """An object, or its JSON in a string."""
+    priority: int = 0
+    timeout: float | None = None
 
 
-def parse(request: TextRequest) -> TextParameters:
-    """Raises InvalidRequest naming the parameter."""
+def parse(request: TextRequest, tokenizer: Tokenizer) -> TextParameters:
+    """Raises InvalidRequest naming the parameter. Numbers are not checked against their ranges yet."""
     if request.stream and request.exclude_input is False:
         raise InvalidRequest(
             "When streaming, exclude_input_in_output = False is not allowed.", field="exclude_input_in_output"
         )
-    given = _convert(_object(request.parameters_json) if request.parameters_json else dict(request.parameters))
+    values = _object(request.parameters_json, "sampling_parameters") if request.parameters_json else request.parameters
+    given = _convert(values)
+    if given.n != 1:
+        raise InvalidRequest(f"n must be 1 here, not {given.n}: send a request for each answer", field="n")
+    check_request(priority=given.priority, timeout=given.timeout)
     return TextParameters(
-        SamplingParams(
-            max_tokens=given.max_tokens,
-            temperature=given.temperature,
-            top_p=given.top_p,
-            top_k=given.top_k,
-            min_p=given.min_p,
-            seed=given.seed,
-            stop_token_ids=tuple(given.stop_token_ids),
-            ignore_eos=given.ignore_eos,
-        ),
-        check_stops(given.stop),
+        sampling=_sampling(given, tokenizer),
+        stop=check_stops(given.stop),
+        include_stop=given.include_stop_str_in_output,
+        skip_special_tokens=given.skip_special_tokens,
+        priority=given.priority,
+        timeout=given.timeout,
+    )
+
+
+def _sampling(given: _Given, tokenizer: Tokenizer) -> SamplingParams:
+    structure = given.structured_outputs
+    if isinstance(structure, str):
+        structure = _object(structure, "structured_outputs")
+    return SamplingParams(
+        max_tokens=given.max_tokens,
+        temperature=given.temperature,
+        top_p=given.top_p,
+        top_k=given.top_k,
+        min_p=given.min_p,
+        seed=given.seed,
+        stop_token_ids=tuple(given.stop_token_ids or ()),
+        ignore_eos=given.ignore_eos,
+        min_tokens=given.min_tokens,
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        repetition_penalty=given.repetition_penalty,
+        logit_bias=given.logit_bias or {},
+        allowed_token_ids=None if given.allowed_token_ids is None else tuple(given.allowed_token_ids),
+        bad_words=bad_word_ids(tokenizer, given.bad_words or ()),
+        structure=structure_of(None, structure),
     )
 
 
@@ -71,23 +118,26 @@ def check_stops(stop: str | list[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def _object(raw: str) -> dict[str, Any]:
+def _object(raw: str, field: str) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise InvalidRequest(f"sampling_parameters is not valid JSON: {error}", field="sampling_parameters") from None
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise InvalidRequest(f"{field} is not valid JSON: {error}", field=field) from None
     if not isinstance(value, dict):
-        raise InvalidRequest("sampling_parameters must be a JSON object", field="sampling_parameters")
+        raise InvalidRequest(f"{field} must be a JSON object, not {raw[:100]}", field=field)
     return value
 
 
-def _convert(values: dict[str, Any]) -> _Given:
+def _convert(values: Mapping[str, Any]) -> _Given:
     unknown = sorted(set(values) - set(_Given.__struct_fields__))
     if unknown:
         known = ", ".join(_Given.__struct_fields__)
-        raise InvalidRequest(f"parameter {unknown[0]!r} is not available; available: {known}", field=unknown[0])
+        raise InvalidRequest(
+            f"parameter {unknown[0][:100]!r} is not available; available: {known}", field=unknown[0][:100]
+        )
     try:
-        return msgspec.convert(values, _Given, strict=False)
+        return msgspec.convert(values, _Given, strict=False, str_keys=True)
     except msgspec.ValidationError as error:
         name = str(error).rpartition("$.")[2].strip("`").partition("[")[0]
-        raise InvalidRequest(f"parameter {name}={values.get(name)!r}: {error}", field=name) from None
+        given = repr(values.get(name))[:100]
+        raise InvalidRequest(f"parameter {name}={given}: {error}", field=name) from None

@@ -109,11 +109,20 @@ class TextWorker:
             )
 
     async def _answer(self, request: TextRequest) -> None:
-        parameters = parse_parameters(request)
+        parameters = parse_parameters(request, self.tokenizer)
         prompt_ids = await asyncio.to_thread(self.tokenizer.encode, request.text)
         self._check(prompt_ids, parameters)
-        stream = self.session.generate(prompt_ids, parameters.sampling)
-        text = TextStream(self.tokenizer, stops=parameters.stop, prompt_ids=prompt_ids)
+        [stream] = self.session.generate(
+            prompt_ids, parameters.sampling, priority=parameters.priority, timeout=parameters.timeout
+        )
+        text = TextStream(
+            self.tokenizer,
+            stops=parameters.stop,
+            include_stop=parameters.include_stop,
+            skip_special_tokens=parameters.skip_special_tokens,
+            prompt_ids=prompt_ids,
+            min_tokens=parameters.sampling.min_tokens,
+        )
         try:
             if request.stream:
                 await self._stream(request, stream, text, len(prompt_ids))

@@ -1,9 +1,15 @@
 """Shared cases of linear."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from ..bench_loads import BenchLoad, BenchModel, Calls, bench_model, randn
+from ..dispatch import Ops
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -46,3 +52,43 @@ CASES = (
     Case("one_output", 5, 64, 1),
     Case("one_input", 5, 1, 64),
 )
+
+
+def matrices(model: BenchModel) -> tuple[tuple[int, int], ...]:
+    """Return (out, in) of the model's matrices: qkv, o, gate_up, down and head."""
+    heads = (model.heads + 2 * model.kv_heads) * model.head_size
+    return (
+        (heads, model.hidden),
+        (model.hidden, model.heads * model.head_size),
+        (2 * model.intermediate, model.hidden),
+        (model.hidden, model.intermediate),
+        (model.vocabulary, model.hidden),
+    )
+
+
+def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
+    """The model's matrices, with one row, few rows and decode batches."""
+    model = bench_model(device)
+
+    def load(rows: int, out_features: int, in_features: int) -> BenchLoad:
+        def make(ops: Ops, seed: int) -> Calls:
+            x = randn(rows, in_features, device=device, seed=seed, dtype=model.dtype)
+            weight = randn(out_features, in_features, device=device, seed=seed + 1, dtype=model.dtype)
+            packed = ops.pack_linear(weight)
+            return Calls(
+                lambda: ops.linear(x, packed),
+                lambda: reference.linear(x, reference.pack_linear(weight)),
+                lambda: functional.linear(x, weight),
+            )
+
+        moved = (out_features * in_features + rows * (in_features + out_features)) * model.dtype.itemsize
+        return BenchLoad(
+            f"{rows} x {in_features} -> {out_features}",
+            make,
+            moved,
+            2 * rows * in_features * out_features,
+            model.dtype,
+            model.bounds,
+        )
+
+    return (load(rows, *matrix) for rows in (1, 16, 64, 256) for matrix in matrices(model))

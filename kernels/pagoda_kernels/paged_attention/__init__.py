@@ -17,17 +17,21 @@ class PagedAttention(Protocol):
         v_cache: Tensor,
         batch: AttentionBatch,
         scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
+        *,
+        window: int = 0,
+        softcap: float = 0.0,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> Tensor:
         """Return the attention output, [T, Hq, D], contiguous and in q.dtype.
 
         q: [T, Hq, D], last dimension contiguous, T = sum of the query lengths.
-        k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous; Hq is a multiple of Hkv, and query head h reads
-        KV head h // (Hq / Hkv). This step's keys and values are already written.
-        scale: factor on the dot products, usually D ** -0.5.
-        sliding_window: each query sees at most this many positions, its own included.
-        softcap: scores become softcap * tanh(score / softcap) before the mask.
+        k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous, in q.dtype or float8_e4m3fn; Hq is a multiple of
+        Hkv, and query head h reads KV head h // (Hq / Hkv). This step's keys and values are already written.
+        scale: factor on the dot products, usually D ** -0.5; positive.
+        window: each query sees at most this many positions, the most recent, its own included; 0: all.
+        softcap: scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv:2408.00118); 0: none.
+        k_scale, v_scale: a key is its entry in the cache times k_scale, a value likewise; positive.
 
         Query i of a request with query length n and context length c sits at position p = c - n + i and attends to
         positions 0..p. Cache slots outside a request's context are never used: they may hold NaN.

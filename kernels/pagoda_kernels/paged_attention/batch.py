@@ -28,6 +28,11 @@ class AttentionBatch:
     """context_lens on the host."""
     num_decodes: int
     """The first num_decodes requests have query length 1; the others are prefill chunks of any length."""
+    shared_prefix: Tensor | None = None
+    """[1] int32 on the device: so many leading positions of all decodes lie in the same blocks, fewer than any of them
+    has. Results are the same without it; with it, an op may read the prefix once for all."""
+    shared_prefix_host: int = 0
+    """shared_prefix on the host, or an upper bound; 0 if there is none."""
 
     _prepared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -38,6 +43,16 @@ class AttentionBatch:
             raise ValueError(
                 f"each query length must be at least 1 and at most its context length, "
                 f"got {self.query_lens_host} and {self.context_lens_host}"
+            )
+        if (self.shared_prefix is None) != (self.shared_prefix_host == 0):
+            raise ValueError(
+                f"shared_prefix and shared_prefix_host go together: give both or neither, got {self.shared_prefix} and "
+                f"{self.shared_prefix_host}"
+            )
+        if self.shared_prefix_host >= min(self.context_lens_host[: self.num_decodes], default=1):
+            raise ValueError(
+                f"shared_prefix_host {self.shared_prefix_host} must be below the context length of every decode, got "
+                f"{self.context_lens_host[: self.num_decodes]}"
             )
         if any(n != 1 for n in self.query_lens_host[: self.num_decodes]):
             raise ValueError(f"the first {self.num_decodes} requests must be decodes, got {self.query_lens_host}")

@@ -1,20 +1,35 @@
 """Shared cases of paged_attention: batches over a cache whose unused slots hold NaN and whose blocks are shuffled."""
 
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from .batch import AttentionBatch
+from ..bench_loads import BenchLoad, BenchModel, Calls, bench_model, randn
+from ..dispatch import Ops
+from . import AttentionBatch, PagedAttention, reference
 
 
 @dataclass(frozen=True)
 class Inputs:
+    """The arguments of a call; `run(op)` makes it."""
+
     q: Tensor
     k_cache: Tensor
     v_cache: Tensor
     batch: AttentionBatch
     scale: float
+    window: int = 0
+    softcap: float = 0.0
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    def run(self, op: PagedAttention) -> Tensor:
+        options = {name: getattr(self, name) for name in ("window", "softcap", "k_scale", "v_scale")}
+        return op(self.q, self.k_cache, self.v_cache, self.batch, self.scale, **options)
 
 
 @dataclass(frozen=True)
@@ -28,18 +43,24 @@ class Case:
     num_kv_heads: int = 3
     head_size: int = 64
     block_size: int = 16
-    sliding_window: int | None = None
-    softcap: float | None = None
+    window: int = 0
+    softcap: float = 0.0
+    cache_dtype: torch.dtype | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+    shared_prefix: int = 0
 
     def make(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
-        batch = make_batch(self.requests, self.num_decodes, self.block_size, generator, device)
+        batch = make_batch(self.requests, self.num_decodes, self.block_size, generator, device, self.shared_prefix)
+        cache_dtype = self.cache_dtype or dtype
         num_blocks = int(batch.block_tables.max()) + 2
         shape = (num_blocks, self.block_size, self.num_kv_heads, self.head_size)
         written = _written_slots(batch, self.block_size)
-        k_cache, v_cache = (_poisoned_cache(shape, written, generator).to(device, dtype) for _ in range(2))
+        k_cache, v_cache = (_poisoned_cache(shape, written, generator).to(device, cache_dtype) for _ in range(2))
         q = torch.randn(batch.num_tokens, self.num_heads, self.head_size, generator=generator).to(device, dtype)
-        return Inputs(q, k_cache, v_cache, batch, self.head_size**-0.5)
+        scale = self.head_size**-0.5
+        return Inputs(q, k_cache, v_cache, batch, scale, self.window, self.softcap, self.k_scale, self.v_scale)
 
 
 def make_batch(
@@ -48,18 +69,30 @@ def make_batch(
     block_size: int,
     generator: torch.Generator,
     device: str = "cpu",
+    shared_prefix: int = 0,
 ) -> AttentionBatch:
-    """Return a batch with random block ids, in which block 0 belongs to nobody."""
+    """Return a batch with random block ids, in which block 0 belongs to nobody.
+
+    The decodes share the blocks of the first shared_prefix positions, a multiple of block_size.
+    """
     query_lens, context_lens = [n for n, _ in requests], [c for _, c in requests]
     needed = [-(-c // block_size) for c in context_lens]
     ids = torch.randperm(sum(needed) + len(needed), generator=generator).int() + 1
     tables = torch.full((len(requests), max(needed) + 1), -1, dtype=torch.int32)
     for row, own in zip(tables, torch.split(ids[: sum(needed)], needed), strict=True):
         row[: len(own)] = own
+    tables[1:num_decodes, : shared_prefix // block_size] = tables[0, : shared_prefix // block_size]
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     contexts = torch.tensor(context_lens, dtype=torch.int32)
     return AttentionBatch(
-        tables.to(device), starts.to(device), contexts.to(device), query_lens, context_lens, num_decodes
+        tables.to(device),
+        starts.to(device),
+        contexts.to(device),
+        query_lens,
+        context_lens,
+        num_decodes,
+        torch.tensor([shared_prefix], dtype=torch.int32).to(device) if shared_prefix else None,
+        shared_prefix,
     )
 
 
@@ -95,11 +128,100 @@ CASES = (
     Case("mixed_mqa", _MIXED, 5, num_heads=4, num_kv_heads=1),
     Case("mixed_many_kv_heads", _MIXED, 5, num_heads=32, num_kv_heads=16),
     Case("mixed_head_80", _MIXED, 5, num_heads=4, num_kv_heads=2, head_size=80),
+    Case("mixed_head_96", _MIXED, 5, num_heads=6, num_kv_heads=2, head_size=96),
     Case("mixed_head_128", _MIXED, 5, num_heads=8, num_kv_heads=2, head_size=128),
+    Case("mixed_head_256", _MIXED, 5, num_heads=4, num_kv_heads=2, head_size=256),
     Case("mixed_block_8", _MIXED, 5, block_size=8),
     Case("mixed_block_128", _MIXED, 5, block_size=128),
-    Case("mixed_window_1", _MIXED, 5, sliding_window=1),
-    Case("mixed_window_20", _MIXED, 5, sliding_window=20),
-    Case("mixed_window_beyond", _MIXED, 5, sliding_window=4096),
-    Case("mixed_softcap", _MIXED, 5, softcap=30.0),
+    Case("mixed_window_1", _MIXED, 5, window=1),
+    Case("mixed_window_20", _MIXED, 5, window=20),
+    Case("mixed_window_beyond", _MIXED, 5, window=4096),
+    Case("mixed_softcap", _MIXED, 5, softcap=2.0),
+    Case("mixed_softcap_window", _MIXED, 5, window=20, softcap=2.0),
+    Case("mixed_scales", _MIXED, 5, k_scale=0.7, v_scale=1.3),
+    Case("mixed_float8", _MIXED, 5, cache_dtype=torch.float8_e4m3fn, k_scale=0.7, v_scale=1.3),
+    Case("shared_prefix", ((1, 33), (1, 200), (1, 47), (1, 39), (5, 5)), 4, shared_prefix=32),
+    Case("softcap_many_kv_heads", _MIXED, 5, num_heads=32, num_kv_heads=16, softcap=2.0),
 )
+
+
+def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
+    """Decodes against the reference; fresh prompts against PyTorch's attention on contiguous tensors."""
+    model, lengths = bench_model(device), random.Random(0)
+    many, short, long, prompts = (
+        (256, (256, 1024), 8192, ((8, 2048), (1, 16384)))
+        if device.type == "cuda"
+        else (32, (16, 400), 2048, ((1, 256),))
+    )
+    ragged = [lengths.randint(*short) for _ in range(many)]
+    yield _decode_load(model, device, f"{many} decodes of {short[0]} to {short[1]}", ragged)
+    for count in (1, 4):
+        yield _decode_load(model, device, f"{count} x {long} decode", [long] * count)
+    shared = long // 8
+    yield _decode_load(model, device, f"{many} decodes, {shared} shared + 64", [shared + 64] * many, shared)
+    for count, length in prompts:
+        yield _prompt_load(model, device, count, length)
+
+
+def _decode_load(model: BenchModel, device: torch.device, name: str, contexts: list[int], shared: int = 0) -> BenchLoad:
+    def make(ops: Ops, seed: int) -> Calls:
+        inputs = _bench_inputs(model, device, [(1, c) for c in contexts], len(contexts), seed, shared)
+        return Calls(lambda: inputs.run(ops.paged_attention), lambda: inputs.run(reference.paged_attention))
+
+    positions = sum(contexts) - shared * (len(contexts) - 1 if shared else 0)
+    moved = 2 * (positions * model.kv_heads + len(contexts) * model.heads) * model.head_size * model.dtype.itemsize
+    return BenchLoad(name, make, moved, bounds=model.bounds)
+
+
+def _prompt_load(model: BenchModel, device: torch.device, count: int, length: int) -> BenchLoad:
+    def make(ops: Ops, seed: int) -> Calls:
+        inputs = _bench_inputs(model, device, [(length, length)] * count, 0, seed)
+        q, keys, values = _contiguous(inputs, count, length)
+
+        def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return scaled_dot_product_attention(q, keys, values, is_causal=True, scale=inputs.scale, enable_gqa=True)
+
+        def expected() -> Tensor:
+            # In float32, a request and a head at a time: all scores at once would not fit.
+            group = model.heads // model.kv_heads
+            rows = [
+                attend(*(x[r, h].float()[None, None] for x, h in ((q, h), (keys, h // group), (values, h // group))))
+                for r in range(count)
+                for h in range(model.heads)
+            ]
+            return torch.cat(rows).view(q.shape).transpose(1, 2).reshape(inputs.q.shape).to(model.dtype)
+
+        return Calls(lambda: inputs.run(ops.paged_attention), expected, lambda: attend(q, keys, values))
+
+    tokens = count * length
+    moved = 2 * tokens * (model.heads + model.kv_heads) * model.head_size * model.dtype.itemsize
+    flops = 2 * tokens * (length + 1) * model.heads * model.head_size
+    return BenchLoad(f"{count} x {length} prefill", make, moved, flops, model.dtype, model.bounds)
+
+
+def _bench_inputs(
+    model: BenchModel,
+    device: torch.device,
+    requests: list[tuple[int, int]],
+    num_decodes: int,
+    seed: int,
+    shared_prefix: int = 0,
+) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    batch = make_batch(tuple(requests), num_decodes, 16, generator, str(device), shared_prefix)
+    blocks, size, dtype = int(batch.block_tables.max()) + 1, model.head_size, model.dtype
+    k_cache, v_cache = (
+        randn(blocks, 16, model.kv_heads, size, device=device, seed=2 * seed + i, dtype=dtype) for i in range(2)
+    )
+    q = randn(batch.num_tokens, model.heads, size, device=device, seed=seed, dtype=dtype)
+    return Inputs(q, k_cache, v_cache, batch, size**-0.5)
+
+
+def _contiguous(inputs: Inputs, count: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q [count, Hq, length, D] and the keys and values [count, Hkv, length, D]."""
+    blocks = inputs.batch.block_tables[:, : -(-length // 16)].long()
+    keys, values = (
+        cache[blocks].flatten(1, 2)[:, :length].transpose(1, 2).contiguous()
+        for cache in (inputs.k_cache, inputs.v_cache)
+    )
+    return inputs.q.view(count, length, *inputs.q.shape[1:]).transpose(1, 2).contiguous(), keys, values

@@ -33,7 +33,7 @@ class Shape:
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
-    sliding_window: int | None
+    window: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +87,8 @@ def make_plan(batch: AttentionBatch, shape: Shape) -> Plan:
 
 
 def _plan_decodes(batch: AttentionBatch, shape: Shape) -> DecodePlan:
-    window = shape.sliding_window
     contexts = batch.context_lens_host[: batch.num_decodes]
-    lens = contexts if window is None else [min(c, window) for c in contexts]
+    lens = [min(c, shape.window) for c in contexts] if shape.window else contexts
     order = sorted(range(len(lens)), key=lens.__getitem__)
     spans = list(_group(lens, order, shape))
     widths = [lens[order[span.stop - 1]] for span in spans]
@@ -150,11 +149,11 @@ def _plan_chunks(batch: AttentionBatch, shape: Shape) -> Iterator[PrefillChunk]:
     ends = list(accumulate(batch.query_lens_host))
     for request in range(batch.num_decodes, batch.num_requests):
         query_len, context_len = batch.query_lens_host[request], batch.context_lens_host[request]
-        window = shape.sliding_window
-        first = 0 if window is None else max(0, context_len - query_len - window + 1)
+        window = shape.window
+        first = max(0, context_len - query_len - window + 1) if window else 0
         slots = _slots(batch.block_tables[request], torch.arange(first, context_len), shape.block_size)
         mask = None
-        if query_len < context_len or window is not None:
+        if query_len < context_len or window:
             visible = visible_positions(query_len, context_len - first, window, slots.device)
             mask = torch.zeros(visible.shape, dtype=shape.dtype).masked_fill_(~visible, float("-inf"))
         yield PrefillChunk(slice(ends[request] - query_len, ends[request]), slots, mask)

@@ -1,9 +1,15 @@
 """Shared cases of rms_norm and add_rms_norm."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from ..bench_loads import BenchLoad, BenchModel, Calls, bench_model, randn
+from ..dispatch import Ops
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -45,3 +51,39 @@ CASES = (
     Case("large_values", (4, 128), magnitude=1e3),
     Case("tiny_values", (4, 128), magnitude=1e-4, eps=1e-6),
 )
+
+
+def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
+    """The model's norms, with and without the residual."""
+    model = bench_model(device)
+    for rows in model.rows:
+        yield _norm_load(model, rows, device)
+        yield _add_load(model, rows, device)
+
+
+def _norm_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
+    def make(ops: Ops, seed: int) -> Calls:
+        x = randn(rows, model.hidden, device=device, seed=seed, dtype=model.dtype)
+        weight = randn(model.hidden, device=device, seed=seed + 1, dtype=model.dtype)
+        return Calls(
+            lambda: ops.rms_norm(x, weight, 1e-5),
+            lambda: reference.rms_norm(x, weight, 1e-5),
+            lambda: functional.rms_norm(x, (model.hidden,), weight, 1e-5),
+        )
+
+    moved = 2 * rows * model.hidden * model.dtype.itemsize
+    return BenchLoad(f"{rows} x {model.hidden}", make, moved, bounds=model.bounds)
+
+
+def _add_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
+    def make(ops: Ops, seed: int) -> Calls:
+        x, residual = randn(2, rows, model.hidden, device=device, seed=seed, dtype=model.dtype)
+        weight = randn(model.hidden, device=device, seed=seed + 1, dtype=model.dtype)
+        return Calls(
+            lambda: (ops.add_rms_norm(x, residual, weight, 1e-5), residual),
+            lambda: (reference.add_rms_norm(x, residual, weight, 1e-5), residual),
+            lambda: functional.rms_norm(residual.add_(x), (model.hidden,), weight, 1e-5),
+        )
+
+    moved = 4 * rows * model.hidden * model.dtype.itemsize
+    return BenchLoad(f"{rows} x {model.hidden}, residual", make, moved, bounds=model.bounds)

@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..early_launch import launches_early
 
 # Elements of a program's tile. A row of 4096 is one program of 4 warps: 32 elements a thread, that is four independent
 # 16-byte loads of a 16-bit dtype. Narrow rows (the QK norm's 64 or 128) share a program.
@@ -45,6 +48,7 @@ def _launch(
     # A batch too small to fill the chip spreads over as many programs as it has rows.
     rows_each = max(1, _TILE // columns) if rows * columns > 2**20 or columns <= 256 else 1
     warps = min(16, max(1, triton.next_power_of_2(rows_each * columns) // (32 * _PER_THREAD)))
+    early = launches_early(x.device)
     _rms_norm[(triton.cdiv(rows, rows_each),)](
         x,
         x if residual is None else residual,
@@ -60,7 +64,9 @@ def _launch(
         COLUMNS=columns,
         ROWS=rows_each,
         ADD=residual is not None,
+        EARLY=early,
         num_warps=warps,
+        **({"launch_pdl": True} if early else {}),
     )
 
 
@@ -80,7 +86,11 @@ def _rms_norm(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < SIZE)

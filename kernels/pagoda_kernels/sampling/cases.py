@@ -1,10 +1,14 @@
 """Shared cases of sample."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..bench_loads import BenchLoad, Calls, bench_model, randn
+from ..dispatch import Ops
+from . import reference
 from .batch import SamplingBatch
 
 
@@ -86,3 +90,47 @@ CASES = (
     Case("one_token_vocabulary", (Row(),), vocabulary=1),
     Case("no_requests", (Row(),), requests=0),
 )
+
+
+_BENCH_ROWS = {
+    "greedy": Row(0.0),
+    "temperature 0.8": Row(0.8),
+    "top_k 50, top_p 0.9": Row(0.8, 50, 0.9),
+    "top_p 0.9 of 0.3": Row(0.3, top_p=0.9),
+    "top_p 0.9, flat": Row(top_p=0.9),
+    "min_p 0.05": Row(min_p=0.05),
+}
+
+
+def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
+    """Logits with about the spread of a language model's. The flat top_p keeps some thousand tokens a row."""
+    vocabulary = bench_model(device).vocabulary
+
+    def load(requests: int, name: str, row: Row) -> BenchLoad:
+        def make(ops: Ops, seed: int) -> Calls:
+            logits = randn(requests, vocabulary, device=device, seed=seed).mul_(3)
+            params = make_params([replace(row, seed=77 * i + 5, position=i) for i in range(requests)], str(device))
+            return Calls(
+                lambda: ops.sample(logits, params),
+                lambda: reference.sample(logits, params),
+                lambda: _torch_sample(logits, row),
+            )
+
+        return BenchLoad(f"{requests} x {vocabulary}, {name}", make, requests * vocabulary * 4)
+
+    sizes = (256, 1) if device.type == "cuda" else (16, 1)
+    return (load(requests, name, row) for requests in sizes for name, row in _BENCH_ROWS.items())
+
+
+def _torch_sample(logits: Tensor, row: Row) -> Tensor:
+    """Sample as a few lines of PyTorch do."""
+    if row.temperature == 0:
+        return logits.argmax(dim=-1)
+    if row.top_k == 0 and row.top_p == 1:
+        probabilities = (logits / row.temperature).softmax(dim=-1)
+        kept = probabilities >= row.min_p * probabilities.amax(dim=-1, keepdim=True)
+        return torch.multinomial(probabilities * kept, 1)
+    ordered, ids = logits.topk(row.top_k) if row.top_k else logits.sort(dim=-1, descending=True)
+    probabilities = (ordered / row.temperature).softmax(dim=-1)
+    kept = probabilities.cumsum(dim=-1) - probabilities < row.top_p
+    return ids.gather(1, torch.multinomial(probabilities * kept, 1))

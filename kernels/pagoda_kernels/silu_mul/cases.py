@@ -1,9 +1,15 @@
 """Shared cases of silu_mul."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
+
+from ..bench_loads import BenchLoad, Calls, bench_model, randn
+from ..dispatch import Ops
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -29,3 +35,21 @@ CASES = (
     Case("width_1", 2, 1),
     Case("saturated", 4, 128, magnitude=200.0),
 )
+
+
+def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
+    """The model's activations: [rows, 2 * intermediate]."""
+    model = bench_model(device)
+
+    def load(rows: int) -> BenchLoad:
+        def make(ops: Ops, seed: int) -> Calls:
+            gate_up = randn(rows, 2 * model.intermediate, device=device, seed=seed, dtype=model.dtype)
+            gate, up = gate_up.chunk(2, dim=1)
+            return Calls(
+                lambda: ops.silu_mul(gate_up), lambda: reference.silu_mul(gate_up), lambda: silu(gate).mul_(up)
+            )
+
+        moved = 3 * rows * model.intermediate * model.dtype.itemsize
+        return BenchLoad(f"{rows} x {model.intermediate}", make, moved, bounds=model.bounds)
+
+    return (load(rows) for rows in model.rows)

@@ -1,0 +1,103 @@
+"""What the machine can do at most, measured: its memory's bandwidth, its matrix rate, and a model's matrices alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import msgspec
+import torch
+
+from pagoda.hf_config import HFConfig
+
+RECORDED_PRODUCTS = {1: 4.10, 16: 4.18, 64: 4.33, 128: 4.71, 256: 6.86, 512: 11.98, 1024: 24.1}
+"""Rows to milliseconds of `products` for Llama-3.1-8B in bfloat16, on the H200 where the peer was measured."""
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Bytes a second read, operations a second in matrix products of the model's type, and the model's matrices:
+    milliseconds for all of them by the vendor's library, by rows."""
+
+    bandwidth: float
+    matrix_rate: float
+    products: dict[int, float]
+
+    def scale(self, rows: int) -> float:
+        """How much longer this machine takes than the recorded one for the products of as many rows; 1 if unknown."""
+        return self.products[rows] / RECORDED_PRODUCTS[rows] if rows in self.products else 1.0
+
+
+def measure(config: HFConfig, dtype: torch.dtype, device: torch.device) -> Machine:
+    rows = tuple(RECORDED_PRODUCTS) if device.type == "cuda" else ()
+    return Machine(_bandwidth(device), _matrix_rate(dtype, device), products(config, dtype, device, rows))
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes a second that a sum over far more than any cache reads."""
+    data = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.float32, device=device)
+    return data.nbytes / best(lambda: data.sum(), device)
+
+
+def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / best(lambda: a @ b, device)
+
+
+def products(config: HFConfig, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> dict[int, float]:
+    """Milliseconds of every matrix product of a step, one after the other in one CUDA graph, by rows."""
+    if not rows:
+        return {}
+    shapes = [*matrices(config) * config.num_layers, (config.vocab_size, config.hidden_size)]
+    weights = [torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02) for shape in shapes]
+    found = {}
+    for count in rows:
+        inputs = {columns: torch.randn(count, columns, device=device).to(dtype) for _, columns in shapes}
+        found[count] = _replay(partial(_multiply, inputs, weights), device) * 1e3
+    return found
+
+
+def _multiply(inputs: dict[int, torch.Tensor], weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+
+def matrices(config: HFConfig) -> list[tuple[int, int]]:
+    """[out, in] of a dense layer's matrices, as they are multiplied."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return [(q + 2 * kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)]
+
+
+def _replay(work: Callable[[], object], device: torch.device) -> float:
+    work()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return best(graph.replay, device)
+
+
+def best(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Seconds of the fastest of several groups of four runs."""
+    seconds = []
+    for _ in range(repeats + 1):
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(4):
+            work()
+        _wait(device)
+        seconds.append((time.perf_counter() - began) / 4)
+    return min(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give what was measured with back, so that an engine finds the memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

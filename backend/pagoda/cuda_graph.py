@@ -1,0 +1,188 @@
+"""Steps as CUDA graphs: one launch for the whole model, where hundreds of launches would leave the GPU waiting.
+
+A graph is a fixed sequence of kernels over fixed addresses, so there is one for each of a few shapes, and a step runs
+in the smallest that holds it, padded. What differs between steps is in tensors that a graph reads. All graphs share one
+memory pool and one output, since one runs at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pagoda_kernels import AttentionBatch
+
+from pagoda.batch import Batch, Layout, read_pending
+from pagoda.graph_shapes import Shape, Shapes
+from pagoda.rows import Rows
+
+Forward = Callable[[Batch], torch.Tensor]
+"""A batch's hidden states [T, hidden]."""
+Array = TypeVar("Array", NDArray[np.int64], torch.Tensor)
+
+
+class Inputs(NamedTuple, Generic[Array]):
+    """What a graph reads, views of one array of int64. First the decodes' places, then those of the prefill chunks."""
+
+    token_ids: Array
+    """[rows]; -1: the last sample of its request."""
+    positions: Array
+    slots: Array
+    places: Array
+    """[requests], rows in `Rows`."""
+    contexts: Array
+    """[requests], tokens in the cache."""
+    starts: Array
+    """[chunks + 1], the chunks' first tokens and the last one's end; [1] without chunks."""
+    prefix: Array
+    """[1], tokens that the decodes have in common."""
+
+
+def views(array: Array, shape: Shape) -> Inputs[Array]:
+    sizes = _sizes(shape)
+    ends = np.cumsum(sizes).tolist()
+    return Inputs(*(array[end - size : end] for size, end in zip(sizes, ends, strict=True)))
+
+
+def _sizes(shape: Shape) -> list[int]:
+    return [*[shape.rows] * 3, *[shape.requests] * 2, shape.chunks + 1, 1]
+
+
+class StepGraph:
+    """One captured step."""
+
+    def __init__(self, shape: Shape, rows: Rows, block_size: int, device: torch.device) -> None:
+        self.shape = shape
+        self._graph = torch.cuda.CUDAGraph()
+        self._rows = rows
+        self._array = torch.from_numpy(padding(shape, rows.spare)).to(device)
+        self._make = batch_maker(views(self._array, shape), shape, rows, block_size)
+
+    def capture(
+        self, forward: Forward, output: torch.Tensor, pool: torch.cuda._POOL_HANDLE, stream: torch.cuda.Stream
+    ) -> None:
+        """Record forward's kernels, ending with a copy of the hidden states to the first rows of `output`."""
+        forward(self._make())  # compiles kernels, and gives libraries their work space
+        torch.cuda.synchronize(self._array.device)
+        with torch.cuda.stream(stream):
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                output[: self.shape.rows] = forward(self._make())
+            finally:
+                self._graph.capture_end()
+
+    def run(self, layout: Layout) -> None:
+        pinned = torch.from_numpy(pack(layout, self.shape, self._rows.spare)).pin_memory()
+        self._array.copy_(pinned, non_blocking=True)
+        self._graph.replay()
+
+
+class StepGraphs:
+    """An engine's graphs. Running out of memory during capture is torch's error."""
+
+    def __init__(
+        self, forward: Forward, hidden_size: int, dtype: torch.dtype, shapes: Shapes, rows: Rows, block_size: int
+    ) -> None:
+        self._forward = forward
+        self._shapes = shapes
+        self._rows = rows
+        self._block_size = block_size
+        self._device = rows.last_tokens.device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        most = max(shape.rows for shape in shapes.all())
+        self._output = torch.empty(most, hidden_size, dtype=dtype, device=self._device)
+        self._graphs: dict[Shape, StepGraph] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def capture(self, shapes: Iterable[Shape]) -> float:
+        """Capture a graph for each shape, in addition to those there are; returns the seconds it took."""
+        began = time.monotonic()
+        for shape in shapes:
+            graph = StepGraph(shape, self._rows, self._block_size, self._device)
+            graph.capture(self._forward, self._output, self._pool, self._stream)
+            self._graphs[shape] = graph
+        return time.monotonic() - began
+
+    def run(self, layout: Layout) -> torch.Tensor | None:
+        """Hidden states [T, hidden] of a step, valid until the next one; None where no graph fits."""
+        decodes, count = layout.num_decodes, len(layout.token_ids)
+        shape = self._shapes.find(
+            decodes=decodes,
+            chunks=len(layout.rows) - decodes,
+            tokens=count - decodes,
+            longest=max(layout.context_lens),
+            shares_prefix=layout.shared_prefix > 0,
+        )
+        if shape is None or shape not in self._graphs:
+            return None
+        self._graphs[shape].run(layout)
+        if decodes in (count, shape.decodes):
+            return self._output[:count]
+        return torch.cat([self._output[:decodes], self._output[shape.decodes : shape.decodes + count - decodes]])
+
+
+def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_size: int) -> Callable[[], Batch]:
+    """What makes a graph's batch out of its inputs, by operations of the device alone: it is captured, too.
+
+    Attention's launch sizes follow from the host's lengths. They are the largest for the decodes, and the least for the
+    chunks, of which only the number of tokens counts.
+    """
+    width, decodes = -(-shape.bound // block_size), shape.decodes
+    leading = torch.arange(decodes, dtype=torch.int64, device=inputs.token_ids.device)
+
+    def make() -> Batch:
+        token_ids = read_pending(inputs.token_ids[:decodes], inputs.places[:decodes], rows)
+        if shape.tokens:
+            token_ids = torch.cat([token_ids, inputs.token_ids[decodes:]])
+        attention = AttentionBatch(
+            block_tables=rows.block_tables[:, :width].index_select(0, inputs.places),
+            query_starts=torch.cat([leading, inputs.starts]).to(torch.int32),
+            context_lens=inputs.contexts.to(torch.int32),
+            query_lens_host=[1] * shape.requests,
+            context_lens_host=[shape.bound] * shape.requests,
+            num_decodes=decodes,
+            shared_prefix=inputs.prefix.to(torch.int32) if shape.shares_prefix else None,
+            shared_prefix_host=shape.bound - 1 if shape.shares_prefix else 0,
+        )
+        return Batch(token_ids, inputs.positions, inputs.slots, attention)
+
+    return make
+
+
+def pack(layout: Layout, shape: Shape, spare: int) -> NDArray[np.int64]:
+    """A layout as a graph's inputs, padded."""
+    array = padding(shape, spare)
+    inputs = views(array, shape)
+    decodes, tokens = layout.num_decodes, len(layout.token_ids) - layout.num_decodes
+    chunks = len(layout.rows) - decodes
+    per_token = (layout.token_ids, layout.positions, layout.slots)
+    for target, source in zip((inputs.token_ids, inputs.positions, inputs.slots), per_token, strict=True):
+        target[:decodes] = source[:decodes]
+        target[shape.decodes : shape.decodes + tokens] = source[decodes:]
+    contexts = np.array(layout.context_lens, np.int64)
+    for target, source in ((inputs.places, layout.rows), (inputs.contexts, contexts)):
+        target[:decodes] = source[:decodes]
+        target[shape.decodes : shape.decodes + chunks] = source[decodes:]
+    inputs.starts[1:] = shape.decodes + tokens
+    inputs.starts[1 : 1 + chunks] = shape.decodes + np.cumsum(layout.query_lens[decodes:], dtype=np.int64)
+    inputs.prefix[0] = layout.shared_prefix
+    inputs.contexts[decodes : shape.decodes] = layout.shared_prefix + 1  # padding has the prefix, too
+    return array
+
+
+def padding(shape: Shape, spare: int) -> NDArray[np.int64]:
+    """Inputs of decodes that write nothing and read a row of nobody's, and of chunks without tokens."""
+    array = np.zeros(sum(_sizes(shape)), np.int64)
+    inputs = views(array, shape)
+    inputs.slots[:] = -1
+    inputs.places[:] = spare
+    inputs.contexts[:] = 1
+    inputs.starts[:] = shape.decodes
+    return array

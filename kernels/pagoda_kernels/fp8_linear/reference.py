@@ -1,0 +1,21 @@
+"""The specification of fp8_linear, in plain torch: both factors are dequantised."""
+
+from torch import Tensor
+
+from . import Fp8Weight, PackedFp8Weight
+from .quantise import quantise_rows
+
+
+def pack_fp8_linear(weight: Fp8Weight) -> PackedFp8Weight:
+    """See PackFp8Linear."""
+    return PackedFp8Weight(weight.values, weight.scales, None, *weight.values.shape)
+
+
+def fp8_linear(x: Tensor, packed: PackedFp8Weight, bias: Tensor | None = None) -> Tensor:
+    """See Fp8Linear."""
+    assert packed.scales is not None
+    if x.shape[0] == 0:
+        return x.new_empty(0, packed.out_features)
+    values, scales = quantise_rows(x)
+    out = (values.float() @ packed.data.float().T) * scales[:, None] * packed.scales
+    return (out if bias is None else out + bias.float()).to(x.dtype)

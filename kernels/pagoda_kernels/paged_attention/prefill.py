@@ -1,0 +1,198 @@
+"""paged_attention for prefill chunks, which is bound by arithmetic.
+
+A program takes one KV head and as many query tokens of one request as fit its rows: the query heads of a KV head are
+rows of the same tile, so that a key is read once for all of them. Programs find their request in query_starts, and the
+longest of a request start first. Tiles that all rows see in full go without a mask.
+
+Keys and values come from the blocks of the cache, or, where a chunk is long enough to pay for it, from a contiguous
+copy of its context, which the Tensor Memory Accelerator reads: see gathered.py.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from .call import Call, Tiles
+from .gathered import Gathered, gather, worth_gathering
+from .tile import add_values, cached_tile, load_queries, nothing_seen, weigh
+
+# Requests whose starts a program reads at a time.
+_SEARCHED = 128
+
+
+def paged_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
+    """16-bit operands: 128 rows, for a warpgroup's instruction on each half. float32 has no matrix units: small."""
+    if itemsize == 4:
+        return Tiles(max(32, triton.next_power_of_2(group)), 32, 4, 1)
+    rows = max(128, triton.next_power_of_2(group))
+    return Tiles(rows, 64, 4, 3) if head_padded <= 128 else Tiles(rows, 32, 8, 3)
+
+
+def gathered_tiles(group: int, head_padded: int, positions: int) -> Tiles:
+    """Two programs a multiprocessor, so that one's softmax hides behind the other's matrix products."""
+    return Tiles(max(128, triton.next_power_of_2(group)), positions, 4 if head_padded <= 128 else 8, 2)
+
+
+def attend_chunks(call: Call) -> None:
+    """Write the rows of the output that belong to prefill chunks."""
+    if worth_gathering(call):
+        attend_gathered(call)
+    else:
+        attend_paged(call)
+
+
+def attend_paged(call: Call, tiles: Tiles | None = None) -> None:
+    """Read keys and values from the blocks of the cache."""
+    tiles = tiles or paged_tiles(call.group, call.head_padded, call.q.element_size())
+    _launch(call, tiles, None)
+
+
+def attend_gathered(call: Call) -> None:
+    """Copy the chunks' contexts first."""
+    gathered = gather(call)
+    _launch(call, gathered_tiles(call.group, call.head_padded, gathered.positions), gathered)
+
+
+def _launch(call: Call, tiles: Tiles, gathered: Gathered | None) -> None:
+    batch, queries = call.batch, tiles.rows // call.group
+    # Enough for every request's last, partly filled tile; programs without a tile end at once.
+    num_tiles = (call.q.shape[0] - batch.num_decodes) // queries + batch.num_requests - batch.num_decodes
+    _prefill[(call.num_kv_heads * num_tiles,)](
+        call.q,
+        gathered.keys if gathered else call.k_cache,
+        gathered.values if gathered else call.v_cache,
+        call.out,
+        gathered.first_rows if gathered else None,
+        batch.block_tables,
+        batch.context_lens,
+        batch.query_starts,
+        call.q.stride(0),
+        call.q.stride(1),
+        batch.block_tables.stride(0),
+        call.scale,
+        call.softcap,
+        call.window,
+        call.v_scale,
+        batch.num_decodes,
+        batch.num_requests,
+        num_tiles,
+        **call.constants(),
+        ROWS=tiles.rows,
+        QUERIES=queries,
+        POSITIONS=tiles.positions,
+        SEARCHED=_SEARCHED,
+        GATHERED=gathered is not None,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+@triton.jit
+def _find_request(starts_ptr, num_decodes, num_requests, tile, QUERIES: tl.constexpr, SEARCHED: tl.constexpr):
+    """The request of a tile: request r's begin at (its start - num_decodes) // QUERIES + (r - num_decodes)."""
+    begun = 0
+    for first in range(num_decodes, num_requests, SEARCHED):
+        request = first + tl.arange(0, SEARCHED)
+        known = request < num_requests
+        start = tl.load(starts_ptr + request, known, other=0) - num_decodes
+        begun += tl.sum((known & (start // QUERIES + request - num_decodes <= tile)).to(tl.int32), 0)
+    return num_decodes + begun - 1
+
+
+@triton.jit
+def _walk(
+    total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, begin, stop, first, last, own, window, base, head,
+    scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, GATHERED: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles of [begin, stop). MASKED: row i sees no position beyond own[i], nor any before its window."""
+    for start in range(begin, stop, POSITIONS):
+        if GATHERED:
+            k = k_ptr.load([base + start, head * HEAD_SIZE])
+        else:
+            k, v = cached_tile(
+                k_ptr, v_ptr, table_ptr, start, first, last, head,
+                NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, POSITIONS, CHECK=MASKED,
+            )  # fmt: skip
+        visible = None
+        if MASKED:
+            position = start + tl.arange(0, POSITIONS)
+            visible = position[None, :] <= own[:, None]
+            if WINDOW:
+                visible &= position[None, :] > (own - window)[:, None]
+        weights, shrink, peak, weight_sum = weigh(
+            peak, weight_sum, q, k, visible, scale, softcap,
+            MASKED=MASKED, SOFTCAP=SOFTCAP, MAYBE_NOTHING=MASKED and WINDOW,
+        )  # fmt: skip
+        if GATHERED:
+            # Not beside the keys: theirs is the copy that the next product waits for.
+            v = v_ptr.load([base + start, head * HEAD_SIZE])
+        total = add_values(total, weights, shrink, v, q.dtype)
+    return total, peak, weight_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "table_stride", "scale", "softcap", "window", "v_scale", "num_decodes", "num_requests", "num_tiles"
+    ]
+)  # fmt: skip
+def _prefill(
+    q_ptr, k_ptr, v_ptr, out_ptr, bases_ptr, tables_ptr, contexts_ptr, starts_ptr,
+    q_token, q_head, table_stride, scale, softcap, window, v_scale, num_decodes, num_requests, num_tiles,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, POSITIONS: tl.constexpr, SEARCHED: tl.constexpr,
+    GATHERED: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % NUM_KV_HEADS
+    # The last tiles of a chunk see the most: they start first.
+    tile = num_tiles - 1 - tl.program_id(0) // NUM_KV_HEADS
+    request = _find_request(starts_ptr, num_decodes, num_requests, tile, QUERIES, SEARCHED)
+    token = tl.load(starts_ptr + request)
+    length = tl.load(starts_ptr + request + 1) - token
+    context = tl.load(contexts_ptr + request)
+    base = tl.load(bases_ptr + request - num_decodes) if GATHERED else 0
+    skipped = (tile - (token - num_decodes) // QUERIES - (request - num_decodes)) * QUERIES
+    if skipped >= length:
+        return
+
+    row, dimension = tl.arange(0, ROWS), tl.arange(0, HEAD_PADDED)
+    query = skipped + row // GROUP
+    real = ((row < QUERIES * GROUP) & (query < length))[:, None] & (dimension < HEAD_SIZE)[None, :]
+    first_token = (token + skipped).to(tl.int64)
+    q = load_queries(q_ptr + first_token * q_token, row, head, q_token, q_head, real, GROUP, HEAD_PADDED)
+    total, peak, weight_sum = nothing_seen(ROWS, HEAD_PADDED)
+
+    # Of the positions up to end, every row sees [unmasked, masked) in full: whole tiles.
+    own = tl.minimum(context - length + query, context - 1)
+    before = context - length + skipped
+    end = tl.minimum(before + QUERIES, context)
+    table_ptr = tables_ptr + request.to(tl.int64) * table_stride
+    first, unmasked, masked = 0, 0, (before + 1) // POSITIONS * POSITIONS
+    if WINDOW:
+        first = tl.maximum(before - window + 1, 0)
+        begin = first // POSITIONS * POSITIONS
+        masked = tl.maximum(masked, begin)
+        unmasked = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), POSITIONS) * POSITIONS, masked)
+        total, peak, weight_sum = _walk(
+            total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, begin, unmasked, first, end, own, window, base, head,
+            scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, GATHERED,
+            MASKED=True,
+        )  # fmt: skip
+    total, peak, weight_sum = _walk(
+        total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, unmasked, masked, first, end, own, window, base, head,
+        scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, GATHERED,
+        MASKED=False,
+    )  # fmt: skip
+    total, peak, weight_sum = _walk(
+        total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, masked, end, first, end, own, window, base, head,
+        scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, GATHERED,
+        MASKED=True,
+    )  # fmt: skip
+    out = total * (v_scale / weight_sum)[:, None]
+    offset = (row // GROUP * NUM_KV_HEADS + head) * (GROUP * HEAD_SIZE) + row % GROUP * HEAD_SIZE
+    out_ptr += first_token * (NUM_KV_HEADS * GROUP * HEAD_SIZE)
+    tl.store(out_ptr + offset[:, None] + dimension[None, :], out.to(out_ptr.dtype.element_ty), real)

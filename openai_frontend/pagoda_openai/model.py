@@ -1,0 +1,117 @@
+"""The models a frontend serves: their sessions, their tokenizers, and prompts made for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pagoda import sampling_params
+from pagoda.client import Session
+from pagoda.errors import InvalidRequest
+from pagoda.protocol import ModelFacts
+from pagoda.registry import Registry
+from pagoda.sampling_params import SamplingParams
+from pagoda.text.tokenizer import Tokenizer
+
+from pagoda_openai.settings import Settings
+
+T = TypeVar("T")
+
+LONG_TEXT = 4096
+"""Characters from which on text is tokenized beside the event loop."""
+
+
+class Frontend:
+    """What the routes share: settings, models with their sessions, tokenizers."""
+
+    def __init__(self, settings: Settings, registry: Registry) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.is_draining = False
+        self._tokenizers: dict[str, Tokenizer] = {}
+
+    async def tokenizer(self, facts: ModelFacts) -> Tokenizer:
+        """The model's tokenizer, read once."""
+        known = self._tokenizers.get(facts.folder)
+        if known is None:
+            known = await asyncio.to_thread(Tokenizer.from_folder, Path(facts.folder))
+            self._tokenizers[facts.folder] = known
+        return known
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the engine takes it, and as the client wrote it where that was text."""
+
+    ids: list[int]
+    text: str | None = None
+
+    def last(self, count: int | None) -> Prompt:
+        """Its last `count` tokens; all for None. Raises InvalidRequest for a count below 1."""
+        if count is None:
+            return self
+        if count < 1:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens must be at least 1, not {count}", field="truncate_prompt_tokens"
+            )
+        return self if count >= len(self.ids) else Prompt(self.ids[-count:])
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that answers now."""
+
+    session: Session
+    facts: ModelFacts
+    tokenizer: Tokenizer
+
+    async def encode(self, text: str, keep: int | None = None) -> Prompt:
+        """The last `keep` tokens of a prompt, or all.
+
+        Raises InvalidRequest; a text far too long is refused before it is tokenized.
+        """
+        ids = await self._beside(len(text), self.tokenizer.encode if keep else self._encode, text)
+        return Prompt(ids, text).last(keep)
+
+    def _encode(self, text: str) -> list[int]:
+        self._check_size(self.tokenizer.min_tokens(text))
+        return self.tokenizer.encode(text)
+
+    async def encode_chat(self, messages: list[dict[str, str]], keep: int | None = None) -> Prompt:
+        """A conversation by the model's chat template, or its last `keep` tokens. Raises InvalidRequest."""
+        size = sum(len(m["content"]) for m in messages)
+        for message in messages if keep is None else []:
+            self._check_size(self.tokenizer.min_tokens(message["content"]))
+        return Prompt(await self._beside(size, self.tokenizer.encode_chat, messages)).last(keep)
+
+    async def _beside(self, size: int, encode: Callable[[T], list[int]], value: T) -> list[int]:
+        return await asyncio.to_thread(encode, value) if size > LONG_TEXT else encode(value)
+
+    def _check_size(self, at_least: int) -> None:
+        limit = self.facts.max_model_len
+        if at_least >= limit:
+            raise InvalidRequest(
+                f"the prompt has at least {at_least} tokens; the model's context of {limit} tokens is passed by "
+                f"{at_least - limit} or more: shorten it",
+                field="prompt",
+            )
+
+    def shown(self, prompt: Prompt) -> str:
+        """The prompt's text: as the client wrote it, else as its tokens read, control tokens and all."""
+        return self.tokenizer.decode(prompt.ids, skip_special_tokens=False) if prompt.text is None else prompt.text
+
+    def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
+        """Every rule of the engine's about prompt and parameters, applied here. Raises InvalidRequest."""
+        sampling_params.check(params, vocab_size=self.facts.vocab_size)
+        sampling_params.check_prompt(prompt_ids, vocab_size=self.facts.vocab_size)
+        sampling_params.check_length(len(prompt_ids), params, max_model_len=self.facts.max_model_len)
+
+
+async def model_of(frontend: Frontend, name: str) -> Model:
+    """Raises ModelNotFound or EngineUnavailable."""
+    session = await frontend.registry.find(name)
+    assert session.facts is not None
+    return Model(session, session.facts, await frontend.tokenizer(session.facts))

@@ -1,0 +1,108 @@
+"""`pagoda bench offline` and `profile` on a tiny shape: they run the engine's own loop, and their figures add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from pagoda.bench import loads, machine, offline
+from pagoda.bench.alone import Alone
+from pagoda.bench.cli import app
+from pagoda.bench.floor import Floor
+from pagoda.bench.machine import Machine
+from pagoda.bench.profile import ClockedRunner, decode, prefill
+from pagoda.config import EngineConfig
+from pagoda.plan import Chunk, Plan
+from pagoda.request import Request
+from pagoda.sampling_params import SamplingParams
+from typer.testing import CliRunner
+
+HIDDEN, INNER, LAYERS, VOCAB, KV = 64, 96, 2, 300, 32
+LIMITS = Machine(bandwidth=1e9, matrix_rate=1e10, products={64: 2 * 4.33})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256, "eos_token_id": 5,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture
+def settings(folder: Path) -> EngineConfig:
+    return EngineConfig(model=str(folder), device="cpu", load_format="dummy", num_kv_blocks=200)
+
+
+def test_a_load_runs_to_its_last_token_and_is_set_beside_the_peer(folder: Path, settings: EngineConfig) -> None:
+    load = loads.OfflineLoad(
+        "5 × 9 → 7",
+        lambda size: loads.mixed(5, inputs=(9, 9), outputs=(7, 7), vocab_size=size),
+        loads.Peer(3.0, 64),
+    )
+    heard: list[offline.Result] = []
+    (result,) = offline.measure(Alone(settings, folder), LIMITS, [load], peers=True, done=heard.append)
+    assert heard == [result]
+    assert (result.input_tokens, result.output_tokens, result.steps, result.preemptions) == (45, 35, 7, 0)
+    assert result.peer_seconds == pytest.approx(6.0)
+    assert result.output_rate == pytest.approx(35 / result.seconds)
+    assert result.total_rate == pytest.approx(80 / result.seconds)
+
+
+def test_the_floor_is_a_steps_bytes_or_its_operations(folder: Path, settings: EngineConfig) -> None:
+    body = LAYERS * (HIDDEN * (HIDDEN + 2 * KV) + HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
+    head, kv = VOCAB * HIDDEN, 2 * LAYERS * KV
+    request = Request("r", [1] * 100, SamplingParams(), 1, frozenset(), 0)
+    floor = Floor(Alone(settings, folder).model, 4, LIMITS)
+    one = Plan(0, [Chunk(request, 99, 1, True, False, 0)])
+    assert floor.seconds([one]) == pytest.approx(4 * (body + head + 100 * kv) / 1e9)
+    many = Plan(1, [Chunk(request, 20, 80, False, False, 0)])
+    seen = sum(range(21, 101))
+    assert floor.seconds([many]) == pytest.approx((2 * body * 80 + 4 * LAYERS * HIDDEN * seen) / 1e10)
+    assert floor.seconds([one, many]) == pytest.approx(floor.seconds([one]) + floor.seconds([many]))
+
+
+def test_the_phases_of_a_step_add_up(folder: Path, settings: EngineConfig) -> None:
+    engine = Alone(settings, folder, ClockedRunner)
+    for profile in (decode(engine, 3, 20, 4), prefill(engine, 16, 50)):
+        named = sum(phase.milliseconds for phase in profile.host)
+        assert 0.8 * profile.milliseconds < named <= profile.milliseconds
+        assert {"schedule", "launch: forward", "update"} <= {phase.name for phase in profile.host}
+        assert "matrix products" in {phase.name for phase in profile.device}
+
+
+def test_shared_prompts_begin_alike() -> None:
+    made = loads.shared(4, prefix=10, own=3, output=2, vocab_size=VOCAB)
+    assert len({tuple(load.prompt_ids[:10]) for load in made}) == 1
+    assert len({tuple(load.prompt_ids) for load in made}) == 4
+    assert {(len(load.prompt_ids), load.num_output) for load in made} == {(13, 2)}
+
+
+def test_the_commands_print_tables_and_write_json(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "measure", lambda *_: LIMITS)
+    common = ["--model", str(folder), "--set", "load_format=dummy", "--set", "device=cpu", "--set", "num_kv_blocks=300"]
+    file = tmp_path / "out.json"
+    ran = CliRunner().invoke(app, ["offline", *common, "--only", "8 ×", "--json", str(file)])
+    assert ran.exit_code == 0, ran.output
+    assert "8 × 64" in ran.output
+    (result,) = msgspec.json.decode(file.read_bytes())["results"]
+    assert result["output_tokens"] == 8 * 64
+    assert result["peer_seconds"] is None, "another model than the peer's"
+    ran = CliRunner().invoke(app, ["profile", *common, "--json", str(file)])
+    assert ran.exit_code == 0, ran.output
+    assert msgspec.json.decode(file.read_bytes())[0]["name"] == "decode, 1 × 64"
+
+
+def test_what_the_machine_can_do_is_measured_on_a_cpu(folder: Path, settings: EngineConfig) -> None:
+    engine = Alone(settings, folder)
+    found = machine.measure(engine.model, engine.runner.dtype, engine.runner.device)
+    assert found.bandwidth > 1e8
+    assert found.matrix_rate > 1e8
+    assert found.scale(64) == 1.0
