@@ -91,7 +91,8 @@ class Session:
         self.facts: wire.ModelFacts | None = None
         self.metrics: wire.Metrics | None = None
         self.pong: wire.Pong | None = None
-        self.last_heard = time.monotonic()
+        self._last_heard = time.monotonic()
+        self._pings_unheard = 0
         self.num_payloads = 0
         self._epoch = 0
         self._send = send
@@ -107,7 +108,8 @@ class Session:
     @property
     def seconds_silent(self) -> float:
         """Seconds since anything came: the engine answers pings, and its host speaks up while the engine is away."""
-        return time.monotonic() - self.last_heard
+        since = time.monotonic() - self._last_heard
+        return min(since, (1 + self._pings_unheard) * PING_INTERVAL)
 
     @property
     def is_moving(self) -> bool:
@@ -148,6 +150,8 @@ class Session:
             self._post(wire.Abort(request_id, reason, tokens_kept))
 
     def ping(self) -> None:
+        """To be called every PING_INTERVAL seconds."""
+        self._pings_unheard += 1
         if self.state in ("ready", "opening"):
             self._post(wire.Ping(0, self.num_payloads))
 
@@ -183,7 +187,7 @@ class Session:
     def feed(self, payload: bytes) -> None:
         """Take in one payload of the engine's."""
         self.num_payloads += 1
-        self.last_heard = time.monotonic()
+        self._last_heard, self._pings_unheard = time.monotonic(), 0
         for message in wire.decode_payload(payload):
             self._handle(message)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from pagoda_kernels import Ops, PackedWeight
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from pagoda import rope
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
+from pagoda.transfer import upload
 
 
 class Layer(nn.Module):
@@ -133,7 +135,7 @@ class KVCache:
 
     def copy(self, blocks: list[tuple[int, int]]) -> None:
         """Copy whole blocks, each (from, to), in every layer."""
-        source, target = torch.tensor(blocks, device=self.keys.device).unbind(1)
+        source, target = upload(list(np.array(blocks).T.copy()), self.keys.device)
         self.keys[:, target] = self.keys[:, source]
         self.values[:, target] = self.values[:, source]
 

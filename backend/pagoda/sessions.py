@@ -36,8 +36,6 @@ MAX_UNACKED = 256
 """Payloads a session may be behind; later steps are merged until it catches up."""
 PING_TIMEOUT = 5.0
 """Seconds without a ping after which a session's client counts as gone. It is the grace of an unload, too."""
-IDLE_PING_TIMEOUT = 2.5
-"""The same for a session without requests: closing it costs its client nothing and lets an unload go on."""
 MAX_ANSWERS = 128
 """To one prompt."""
 COMPILERS = 2
@@ -258,10 +256,9 @@ class Sessions(threading.Thread):
             return
         self._next_sweep = now + 0.25
         for name, session in list(self._sessions.items()):
-            allowed = PING_TIMEOUT if session.live else IDLE_PING_TIMEOUT
-            if now - session.last_ping > allowed:
+            if now - session.last_ping > PING_TIMEOUT:
                 log.info("a session's pings have stopped: it is closed, its %d requests are aborted", len(session.live))
-                self._close(name, f"no ping for {allowed} s")
+                self._close(name, f"no ping for {PING_TIMEOUT} s")
 
     # ── events ────────────────────────────────────────────────────────────────────────────────────────────────────
 

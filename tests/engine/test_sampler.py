@@ -31,6 +31,8 @@ DRAWS = 20_000
 class Grammar:
     """Allows the tokens it is given, a set for each place; fails when told to."""
 
+    is_finished = False
+
     def __init__(
         self, *places: set[int], fill_error: PagodaError | None = None, accept_error: PagodaError | None = None
     ) -> None:

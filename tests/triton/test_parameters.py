@@ -150,7 +150,9 @@ def test_a_stop_string_cuts_text_and_logprobs_alike(client: openai.OpenAI) -> No
 
 def test_answer_i_is_the_lone_one_of_seed_plus_i(client: openai.OpenAI) -> None:
     def draw(seed: int, n: int) -> openai.types.Completion:
-        return client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=12, temperature=1.0, seed=seed, n=n)
+        return client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=12, temperature=1.0, seed=seed, n=n, extra_body={"ignore_eos": True}
+        )
 
     together = draw(7, 3)
     assert [c.text for c in together.choices] == [draw(7 + i, 1).choices[0].text for i in range(3)]

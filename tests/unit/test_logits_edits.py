@@ -151,6 +151,8 @@ def test_bad_words_ban_the_token_that_would_complete_them(
 class Grammar:
     """Allows what it is given; fails when told to."""
 
+    is_finished = False
+
     def __init__(self, tokens: set[int], error: PagodaError | None = None) -> None:
         self.tokens, self.error = tokens, error
 
