@@ -31,15 +31,15 @@ class Frontend:
         self.settings = settings
         self.registry = registry
         self.is_draining = False
-        self._tokenizers: dict[str, Tokenizer] = {}
+        self._tokenizers: dict[str, asyncio.Future[Tokenizer]] = {}
 
     async def tokenizer(self, facts: ModelFacts) -> Tokenizer:
-        """The model's tokenizer, read once."""
-        known = self._tokenizers.get(facts.folder)
-        if known is None:
-            known = await asyncio.to_thread(Tokenizer.from_folder, Path(facts.folder))
-            self._tokenizers[facts.folder] = known
-        return known
+        """The model's tokenizer, read once, however many requests ask for it at the same moment."""
+        reading = self._tokenizers.get(facts.folder)
+        if reading is None or (reading.done() and reading.exception() is not None):
+            reading = asyncio.ensure_future(asyncio.to_thread(Tokenizer.from_folder, Path(facts.folder)))
+            self._tokenizers[facts.folder] = reading
+        return await asyncio.shield(reading)  # a client that leaves must not take it from the others
 
 
 @dataclass(frozen=True, slots=True)
