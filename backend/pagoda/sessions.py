@@ -38,6 +38,8 @@ PING_TIMEOUT = 5.0
 """Seconds without a ping after which a session's client counts as gone. It is the grace of an unload, too."""
 MAX_ANSWERS = 128
 """To one prompt."""
+IDLE_PING_TIMEOUT = 2.5
+"""The same for a session without requests: closing it costs its client nothing and lets an unload go on."""
 COMPILERS = 2
 """Grammars that are compiled at a time."""
 MAX_COMPILING = 256
@@ -256,9 +258,10 @@ class Sessions(threading.Thread):
             return
         self._next_sweep = now + 0.25
         for name, session in list(self._sessions.items()):
-            if now - session.last_ping > PING_TIMEOUT:
+            allowed = PING_TIMEOUT if session.live else IDLE_PING_TIMEOUT
+            if now - session.last_ping > allowed:
                 log.info("a session's pings have stopped: it is closed, its %d requests are aborted", len(session.live))
-                self._close(name, f"no ping for {PING_TIMEOUT} s")
+                self._close(name, f"no ping for {allowed} s")
 
     # ── events ────────────────────────────────────────────────────────────────────────────────────────────────────
 
