@@ -174,6 +174,9 @@ class Scheduler:
         plan.chunks.append(Chunk(request, start, count, samples, request.num_pending > 0, request.epoch))
         request.num_computed += count
         request.num_pending += samples
+        # What is known is published before it is computed: a step that reads it comes later, and within one step every
+        # layer writes all keys before it attends. So requests that arrive together compute a common prompt once.
+        self._publish_blocks(request, min(request.num_computed, len(request.token_ids)))
         return count
 
     # ── blocks ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -231,11 +234,16 @@ class Scheduler:
             if self.pool.num_free:
                 request.block_ids += self.pool.take(1)
                 continue
-            victim = next(r for r in reversed(self.running) if not _is_settled(r))
-            self._preempt(victim)
-            if victim is request:
+            if self.preempt() is request:
                 return False
         return request.status is Status.RUNNING
+
+    def preempt(self) -> Request | None:
+        """Free the blocks of the last in rank, as when the pool runs out. None when all are settled and keep theirs."""
+        victim = next((r for r in reversed(self.running) if not _is_settled(r)), None)
+        if victim is not None:
+            self._preempt(victim)
+        return victim
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue at its old place; what was in flight for it is dropped, its tokens are recomputed."""

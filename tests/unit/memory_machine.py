@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pagoda.block_pool import BlockPool
 from pagoda.request import Request
-from pagoda.scheduler import Scheduler
+from pagoda.scheduler import MAX_PREEMPTIONS, Scheduler
 from unit.fake_runner import Loop, audit, make_group, make_loop
 
 PROMPTS = [[1] * 24, [1] * 8 + [2] * 16, [1] * 5 + [3] * 19, [4, 5] * 12]
@@ -112,6 +112,15 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         self.loop.abort(data.draw(st.sampled_from(list(self.loop.scheduler.requests))))
+
+    @precondition(lambda self: self.loop.scheduler.running)
+    @rule(times=st.integers(1, MAX_PREEMPTIONS + 1))
+    def preempt(self, times: int) -> None:
+        """As if the pool were smaller, and whatever is in flight; up to where a request is settled."""
+        for _ in range(times):
+            self.loop.scheduler.preempt()
+            if not self.loop.runner.in_flight or self.loop.runner.steps_ahead:
+                self.loop.step()
 
     @rule(key=st.integers(-1, 3))
     def abort_whoever_it_is(self, key: int) -> None:

@@ -193,13 +193,11 @@ class LosesAnOrphan(Scheduler):
 
 
 class PreemptsTheSettled(Scheduler):
-    """A request is preempted whenever it is the last in rank."""
+    """Whoever is the last in rank is preempted, however often it has been."""
 
-    def _make_room(self, request: Request) -> bool:
-        last = self.running[-1]
-        if not self.pool.num_free and last is not request and last.epoch > 0:
-            self._preempt(last)
-        return super()._make_room(request)
+    def preempt(self) -> Request | None:
+        self._preempt(last := self.running[-1])
+        return last
 
 
 class RunsAheadOfItsTokens(Scheduler):
