@@ -30,10 +30,6 @@ def _takes_long(item: pytest.Item) -> bool:
     return parameters.get("dtype") == torch.float16 and getattr(parameters.get("case"), "name", "") in large
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "native: runs on a GPU only, not in Triton's interpreter")
-
-
 @pytest.fixture
 def device() -> str:
     return "cpu" if INTERPRETED else "cuda"

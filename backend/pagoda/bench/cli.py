@@ -86,6 +86,17 @@ def scheduler() -> None:
 
 
 @app.command()
+def waste() -> None:
+    """How much of the KV cache is reserved and holds no token, over the peer's mixed load."""
+    from pagoda.bench.waste import mean_waste
+
+    table = Table("block size", "reserved and unused, % of what is reserved")
+    for block_size in (8, 16, 32, 64):
+        table.add_row(str(block_size), f"{100 * mean_waste(block_size=block_size):.2f}")
+    console.print(table)
+
+
+@app.command()
 def offline(
     model: Model = store.DEFAULT_MODEL,
     parameters: Parameters = None,

@@ -6,6 +6,7 @@ single thread computes, row after row, leave every element of a row at the same 
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,32 +70,17 @@ def _gated(op: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
 
 
 def rotary_kv_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    interleaved: bool = False,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 1e-6,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor,
+    slots: Tensor, **style: Any,
+) -> None:  # fmt: skip
     """See RotaryKvWrite. A token's bits, in q, k and the caches, depend on that token alone.
 
     The reference, whose separate products and differences are rounded one by one, wherever they stand.
     """
     for tile in tiles(q):
         rotary_kv_write_reference.rotary_kv_write(
-            q[tile], k[tile], v[tile], cos, sin, positions[tile], k_cache, v_cache, slots[tile],
-            interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps, k_scale=k_scale, v_scale=v_scale,
-        )  # fmt: skip
+            q[tile], k[tile], v[tile], cos, sin, positions[tile], k_cache, v_cache, slots[tile], **style
+        )
 
 
 def add_lora(out: Tensor, x: Tensor, a: Tensor, b: Tensor, adapters: Tensor, scales: Tensor) -> None:
