@@ -100,6 +100,15 @@ def test_the_commands_print_tables_and_write_json(
     assert msgspec.json.decode(file.read_bytes())[0]["name"] == "decode, 1 × 64"
 
 
+def test_products_are_timed_by_both(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    ran = CliRunner().invoke(app, ["products", "--model", str(folder), "--set", "device=cpu", "--json", str(file)])
+    assert ran.exit_code == 0, ran.output
+    results = msgspec.json.decode(file.read_bytes())
+    assert [r["rows"] for r in results] == [1, 4, 16, 64, 128, 256]
+    assert all(r["torch"] > 0 and r["ours"] > 0 for r in results)
+
+
 def test_what_the_machine_can_do_is_measured_on_a_cpu(folder: Path, settings: EngineConfig) -> None:
     engine = Alone(settings, folder)
     found = machine.measure(engine.model, engine.runner.dtype, engine.runner.device)

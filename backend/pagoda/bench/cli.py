@@ -86,6 +86,26 @@ def scheduler() -> None:
 
 
 @app.command()
+def products(model: Model = store.DEFAULT_MODEL, parameters: Parameters = None, json_file: JsonFile = None) -> None:
+    """Every matrix product of one step, by torch and by our own operation."""
+    from pagoda.bench.machine import measure_bandwidth
+    from pagoda.bench.products import measure, weight_bytes
+    from pagoda.runner import resolve_device, resolve_dtype
+
+    with _settings(model, parameters) as (settings, folder), _bar() as bar:
+        bar.add_task("matrix products")
+        shape, device = hf_config.load(folder), resolve_device(settings.device)
+        dtype = resolve_dtype(settings.dtype, shape.dtype, device)
+        results = measure(shape, dtype, device)
+        floor = weight_bytes(shape, dtype) / measure_bandwidth(device) * 1e3
+    table = Table("rows", "torch, ms", "ours, ms", "bytes read, ms")
+    for r in results:
+        table.add_row(str(r.rows), f"{r.torch:.2f}", f"{r.ours:.2f}", f"{floor:.2f}")
+    console.print(table)
+    _write(json_file, results)
+
+
+@app.command()
 def waste() -> None:
     """How much of the KV cache is reserved and holds no token, over the peer's mixed load."""
     from pagoda.bench.waste import mean_waste

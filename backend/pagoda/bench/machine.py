@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import TypeVar
 
 import msgspec
 import torch
 
 from pagoda.hf_config import HFConfig
+
+T = TypeVar("T")
 
 RECORDED_PRODUCTS = {1: 4.10, 16: 4.18, 64: 4.33, 128: 4.71, 256: 6.86, 512: 11.98, 1024: 24.1}
 """Rows to milliseconds of `products` for Llama-3.1-8B in bfloat16, on the H200 where the peer was measured."""
@@ -30,10 +32,10 @@ class Machine(msgspec.Struct, frozen=True):
 
 def measure(config: HFConfig, dtype: torch.dtype, device: torch.device) -> Machine:
     rows = tuple(RECORDED_PRODUCTS) if device.type == "cuda" else ()
-    return Machine(_bandwidth(device), _matrix_rate(dtype, device), products(config, dtype, device, rows))
+    return Machine(measure_bandwidth(device), _matrix_rate(dtype, device), products(config, dtype, device, rows))
 
 
-def _bandwidth(device: torch.device) -> float:
+def measure_bandwidth(device: torch.device) -> float:
     """Bytes a second that a sum over far more than any cache reads."""
     data = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.float32, device=device)
     return data.nbytes / best(lambda: data.sum(), device)
@@ -46,21 +48,33 @@ def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def products(config: HFConfig, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> dict[int, float]:
-    """Milliseconds of every matrix product of a step, one after the other in one CUDA graph, by rows."""
+    """Milliseconds of every matrix product of a step, one after the other (on a GPU in one CUDA graph), by rows."""
+    return timed_products(config, dtype, device, rows, lambda weight: weight, torch.nn.functional.linear)
+
+
+def timed_products(
+    config: HFConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: Sequence[int],
+    pack: Callable[[torch.Tensor], T],
+    linear: Callable[[torch.Tensor, T], object],
+) -> dict[int, float]:
+    """The same by an implementation that packs its weights first."""
     if not rows:
         return {}
     shapes = [*matrices(config) * config.num_layers, (config.vocab_size, config.hidden_size)]
-    weights = [torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02) for shape in shapes]
+    weights = [(shape[1], pack(torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02))) for shape in shapes]
     found = {}
     for count in rows:
         inputs = {columns: torch.randn(count, columns, device=device).to(dtype) for _, columns in shapes}
-        found[count] = _replay(partial(_multiply, inputs, weights), device) * 1e3
+
+        def multiply(inputs: dict[int, torch.Tensor] = inputs) -> None:
+            for columns, weight in weights:
+                linear(inputs[columns], weight)
+
+        found[count] = fastest(multiply, device) * 1e3
     return found
-
-
-def _multiply(inputs: dict[int, torch.Tensor], weights: list[torch.Tensor]) -> None:
-    for weight in weights:
-        torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
 
 def matrices(config: HFConfig) -> list[tuple[int, int]]:
@@ -70,8 +84,11 @@ def matrices(config: HFConfig) -> list[tuple[int, int]]:
     return [(q + 2 * kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)]
 
 
-def _replay(work: Callable[[], object], device: torch.device) -> float:
+def fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `work`; on a GPU of its replay as a graph."""
     work()
+    if device.type == "cpu":
+        return best(work, device)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
