@@ -210,11 +210,16 @@ class Scheduler:
         cached = self._find_prefix(request)
         leader = request.fork_of
         if leader is not None and leader.status is Status.RUNNING:
-            before = next((c.start for c in plan.chunks if c.request is leader), leader.num_computed)
             shared = request.num_prompt_tokens - 1
-            if before >= shared > len(cached) * self.block_size:
+            if leader.num_computed >= shared > len(cached) * self.block_size and self._can_copy(leader, shared, plan):
                 return leader.block_ids[: self._num_blocks(shared)], shared
         return cached, len(cached) * self.block_size
+
+    def _can_copy(self, leader: Request, end: int, plan: Plan) -> bool:
+        """Whether the block that token `end` falls into is filled up to there before the step writes anything."""
+        index = end // self.block_size
+        source = leader.block_ids[index : index + 1]
+        return all(c.start >= end for c in plan.chunks if c.request.block_ids[index : index + 1] == source)
 
     def _find_prefix(self, request: Request) -> list[int]:
         if not self.enable_prefix_caching or request.needs_prompt_logprobs:

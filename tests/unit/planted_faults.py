@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
+from pagoda import scheduler
 from pagoda.block_pool import BlockPool
 from pagoda.plan import Chunk, Plan
 from pagoda.protocol import FinishReason
@@ -192,12 +193,9 @@ class LosesAnOrphan(Scheduler):
         pass
 
 
-class PreemptsTheSettled(Scheduler):
-    """Whoever is the last in rank is preempted, however often it has been."""
-
-    def preempt(self) -> Request | None:
-        self._preempt(last := self.running[-1])
-        return last
+def _nobody_settles() -> AbstractContextManager[object]:
+    """A request may be preempted as often as it happens."""
+    return mock.patch.object(scheduler, "MAX_PREEMPTIONS", 99)
 
 
 class RunsAheadOfItsTokens(Scheduler):
@@ -249,7 +247,7 @@ def _faults() -> Iterator[Fault]:
     yield Fault("fork copies the wrong block", scheduler=CopiesTheWrongBlock)
     yield Fault("fork before the prompt is computed", scheduler=ForksTooEarly)
     yield Fault("fork without its leader lost", scheduler=LosesAnOrphan)
-    yield Fault("settled request preempted", scheduler=PreemptsTheSettled)
+    yield Fault("preempted without end", patch=_nobody_settles)
     yield Fault("ahead of a token that must be known", scheduler=RunsAheadOfItsTokens)
     yield Fault("queue counts who has left", scheduler=ForgetsWhatWaits)
 

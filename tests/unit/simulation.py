@@ -64,6 +64,8 @@ class Script:
         self.timeouts = rng.choice([[None], [None], [None, None, None, 3.0, 30.0], [1.0, 10.0]])
         self.wait_rate = rng.choice([0.0, 0.0, 0.3, 1.0])
         self.group_rate = rng.choice([0.0, 0.0, 0.2])
+        self.longest_prompt = 3 if rng.random() < 0.25 else shape.max_model_len
+        """Short prompts are admitted together and outgrow the pool together, again and again."""
         self.asked: list[Request] = []
         self.num_keys = 0
         self.openings = [self._tokens(shape.max_model_len) for _ in range(3)]
@@ -96,7 +98,7 @@ class Script:
         longest, rng = self.shape.max_model_len, self.rng
         before = rng.choice(self.asked[-8:]) if self.asked and rng.random() < 0.3 else None
         salt = before.cache_salt if before else rng.choice(["", "", "a"])
-        prompt = self._prompt(before)[: rng.randint(1, longest - 1)]
+        prompt = self._prompt(before)[: rng.randint(1, min(longest - 1, self.longest_prompt))]
         size = rng.randint(2, min(5, self.shape.max_queued)) if rng.random() < self.group_rate else 1
         request = make_group(
             self._keys(size),

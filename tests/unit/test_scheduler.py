@@ -433,6 +433,20 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     loop.drain()
 
 
+def test_a_fork_never_copies_what_its_own_step_computes() -> None:
+    """A leader that comes back after a preemption may share blocks which another request fills in the same step."""
+    loop = make_loop(num_blocks=6, block_size=2)
+    loop.add(make_group(["leader", "fork"], [1, 2], max_tokens=4))
+    loop.step()
+    loop.scheduler.preempt()
+    add(loop, "evicts all", [9] * 11, max_tokens=1, priority=-9)
+    loop.step()
+    add(loop, "other", [1, 2, 3], priority=-9)
+    plan = loop.step()
+    assert {c.request.key for c in plan.chunks} == {"leader", "fork", "other"}
+    loop.drain()
+
+
 # ── times ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
