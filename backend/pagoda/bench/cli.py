@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from pagoda import config, hf_config, torch_settings
-from pagoda.bench import shapes
+from pagoda.bench import serve_cli, shapes
 from pagoda.server import store
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pagoda.bench.profile import StepProfile
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
+app.command()(serve_cli.serve)
 console = Console(highlight=False)
 
 Model = Annotated[

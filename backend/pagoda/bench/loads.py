@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+FIRST_ID = 100
+"""Token ids below it are in no prompt: control tokens are among them."""
+
 
 class Load(msgspec.Struct, frozen=True):
     """One request: a prompt of random token ids and the number of tokens to generate, end-of-text ignored."""
@@ -24,7 +27,7 @@ def mixed(
     loads = []
     for _ in range(count):
         length = draw.randint(*inputs)
-        prompt = [draw.randrange(100, vocab_size) for _ in range(length)]
+        prompt = [draw.randrange(FIRST_ID, vocab_size) for _ in range(length)]
         loads.append(Load(prompt, draw.randint(*outputs)))
     return loads
 
@@ -32,8 +35,8 @@ def mixed(
 def shared(count: int, *, prefix: int, own: int, output: int, vocab_size: int, seed: int = 0) -> list[Load]:
     """`count` requests that begin with the same `prefix` tokens, and go on with `own` ones."""
     draw = random.Random(seed)
-    first = [draw.randrange(100, vocab_size) for _ in range(prefix)]
-    return [Load(first + [draw.randrange(100, vocab_size) for _ in range(own)], output) for _ in range(count)]
+    first = [draw.randrange(FIRST_ID, vocab_size) for _ in range(prefix)]
+    return [Load(first + [draw.randrange(FIRST_ID, vocab_size) for _ in range(own)], output) for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class OfflineLoad:
     make: Callable[[int], list[Load]]
     """The requests, for a vocabulary's size."""
     peer: Peer | None = None
+    at_once: int | None = None
+    """Most requests that a client has on their way at once; None: no bound."""
 
 
 def _equal(count: int, length: int, output: int) -> Callable[[int], list[Load]]:
@@ -76,6 +81,9 @@ GPU_LOADS = (
     OfflineLoad("32 × 8000 → 128", _equal(32, 8000, 128), Peer(8.33, 1024)),
 )
 """The peer's figures are those of Llama-3.1-8B's shapes in bfloat16 on an H200 (vLLM 0.26.0, its defaults)."""
+
+HTTP_LOADS = (OfflineLoad("1000 × 512 → 128 at 256", _equal(1000, 512, 128), at_once=256),)
+"""For a GPU behind HTTP only: the engine alone gets all its requests at once."""
 
 CPU_LOADS = (
     OfflineLoad("1 × 64 → 64", _equal(1, 64, 64), Peer(64 / 15.5, 1)),
