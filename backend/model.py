@@ -33,13 +33,16 @@ INPUTS = {
     "return_cumulative_logprob": ("TYPE_BOOL", [1]),
     "return_logprobs": ("TYPE_BOOL", [1]),
 }
-OUTPUTS = {
-    "session": ("TYPE_UINT8", [-1]),
+TEXT_OUTPUTS = {
     "text_output": ("TYPE_STRING", [-1]),
     "finish_reason": ("TYPE_STRING", [-1]),
+    "cumulative_logprob": ("TYPE_FP32", [-1]),
+    "logprobs": ("TYPE_STRING", [-1]),
+    "prompt_logprobs": ("TYPE_STRING", [1]),
     "num_input_tokens": ("TYPE_UINT32", [1]),
     "num_output_tokens": ("TYPE_UINT32", [-1]),
 }
+OUTPUTS = {"session": ("TYPE_UINT8", [-1]), **TEXT_OUTPUTS}
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 GRPC_CODES = {
     "invalid_request": "INVALID_ARG",
@@ -120,7 +123,7 @@ class TritonSessionSender:
 
 
 class TritonTextSender:
-    """Sends the standard text outputs; FINAL rides the last data response."""
+    """Sends the standard text outputs, those that were asked for; FINAL rides the last data response."""
 
     def __init__(self, request):
         self._sender = request.get_response_sender()
@@ -130,12 +133,8 @@ class TritonTextSender:
         if reply.error_code is not None:
             self._sender.send(error_response(reply.error_code, reply.error_message), flags=flags)
             return
-        tensors = [string_tensor("text_output", reply.text)]
-        if reply.finish_reason is not None:
-            tensors.append(string_tensor("finish_reason", reply.finish_reason))
-        for name in ("num_input_tokens", "num_output_tokens"):
-            if getattr(reply, name) is not None:
-                tensors.append(pb_utils.Tensor(name, np.array([getattr(reply, name)], dtype=np.uint32)))
+        asked = [(name, getattr(reply, name)) for name in TEXT_OUTPUTS]
+        tensors = [text_output(name, values) for name, values in asked if values is not None]
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
     def is_cancelled(self):
@@ -193,9 +192,6 @@ def text_request(request, request_id: int) -> TextRequest:
     text = scalar_of(request, "text_input")
     if text is None:
         raise InvalidRequest("input text_input is required", field="text_input")
-    for name in ("return_cumulative_logprob", "return_logprobs"):
-        if scalar_of(request, name, False):
-            raise InvalidRequest(f"{name} is not available yet: leave it out", field=name)
     return TextRequest(
         id=request_id,
         text=text,
@@ -206,11 +202,17 @@ def text_request(request, request_id: int) -> TextRequest:
         return_finish_reason=scalar_of(request, "return_finish_reason", False),
         return_num_input_tokens=scalar_of(request, "return_num_input_tokens", False),
         return_num_output_tokens=scalar_of(request, "return_num_output_tokens", False),
+        return_cumulative_logprob=scalar_of(request, "return_cumulative_logprob", False),
+        return_logprobs=scalar_of(request, "return_logprobs", False),
     )
 
 
-def string_tensor(name, text):
-    return pb_utils.Tensor(name, np.array([text.encode("utf-8")], dtype=np.object_))
+def text_output(name, values):
+    """A text output's tensor: one element for each answer."""
+    data_type, _ = TEXT_OUTPUTS[name]
+    if data_type == "TYPE_STRING":
+        return pb_utils.Tensor(name, np.array([value.encode("utf-8") for value in values], dtype=np.object_))
+    return pb_utils.Tensor(name, np.array(values, dtype=np.float32 if data_type == "TYPE_FP32" else np.uint32))
 
 
 def error_response(code, message):

@@ -11,7 +11,9 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from pagoda import protocol as wire
@@ -31,37 +33,97 @@ class RequestStream:
 
     def __init__(self, session: Session, request_id: int) -> None:
         self.id = request_id
+        self.has_ended = False
+        """Its end was taken, or nobody wants the rest."""
         self._session = session
         self._next: wire.Output | None = None
         self._error: PagodaError | None = None
-        self._ended = False
-        self._arrived = asyncio.Event()
+        self._on_arrival: Callable[[], None] | None = None
 
     def put(self, output: wire.Output) -> None:
-        self._next = output if self._next is None else _merged(self._next, output)
-        self._arrived.set()
+        if self._next is not None:
+            self._next = _merged(self._next, output)
+            return
+        self._next = output
+        if self._on_arrival is not None:
+            self._on_arrival()
 
     def fail(self, error: PagodaError) -> None:
         self._error = error
-        self._arrived.set()
+        if self._on_arrival is not None:
+            self._on_arrival()
+
+    def watch(self, on_arrival: Callable[[], None]) -> None:
+        """Call `on_arrival` whenever there is something to take, now if there is already; one call, one `take`."""
+        self._on_arrival = on_arrival
+        for arrived in (self._next, self._error):
+            if arrived is not None:
+                on_arrival()
+
+    def take(self) -> wire.Output | None:
+        """What has come since the last one; None for nothing. Raises the error that ended the request."""
+        if self.has_ended:
+            return None
+        output, self._next = self._next, None
+        if output is not None:
+            self.has_ended = output.finish_reason is not None
+        elif self._error is not None:
+            self.has_ended = True
+            raise self._error
+        return output
 
     async def __aiter__(self) -> AsyncIterator[wire.Output]:
         """Outputs until one with a finish reason. Raises the error that ended the request instead."""
-        while not self._ended:
-            await self._arrived.wait()
-            self._arrived.clear()
-            output, self._next = self._next, None
-            if output is not None:
-                self._ended = output.finish_reason is not None
-                yield output
-            elif self._error is not None:
-                self._ended = True
-                raise self._error
+        arrivals = Arrivals([self])
+        while not arrivals.are_over:
+            await arrivals.wait()
+            if (arrived := arrivals.take()) is not None:
+                yield arrived[1]
 
     def abort(self, reason: wire.AbortReason, tokens_kept: int | None = None) -> None:
         """Tell the engine that nobody wants the rest. Does nothing when the request has ended."""
-        self._ended = True
+        self.has_ended = True
         self._session.abort(self.id, reason, tokens_kept)
+
+
+class Arrivals:
+    """What comes for several requests, in the order of arrival; for one taker.
+
+    One wake-up brings whatever has come: nothing here costs a task, a timer or a future for each output.
+    """
+
+    def __init__(self, streams: Sequence[RequestStream]) -> None:
+        self._streams = streams
+        self._ready: deque[int] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        for index, stream in enumerate(streams):
+            stream.watch(partial(self._add, index))
+
+    @property
+    def are_over(self) -> bool:
+        """Every request has ended, and its end was taken."""
+        return all(stream.has_ended for stream in self._streams)
+
+    async def wait(self) -> None:
+        """Until there is something to take."""
+        while not self._ready:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def take(self) -> tuple[int, wire.Output] | None:
+        """An output and the place of its stream; None when there is no other. Raises the error that ended one."""
+        while self._ready:
+            index = self._ready.popleft()
+            output = self._streams[index].take()
+            if output is not None:
+                return index, output
+        return None
+
+    def _add(self, index: int) -> None:
+        self._ready.append(index)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 def _merged(earlier: wire.Output, later: wire.Output) -> wire.Output:

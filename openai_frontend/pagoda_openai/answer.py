@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 import msgspec
@@ -15,11 +16,18 @@ from pagoda_openai.errors import envelope
 from pagoda_openai.generation import Choice, ClientGone, Generation, while_connected
 from pagoda_openai.responses import UsageBody
 from pagoda_openai.settings import Settings
-from pagoda_openai.sse import DONE, EventStream, event
+from pagoda_openai.sse import DONE, EventStream, encode_json, event
+
+PLACEHOLDER = secrets.token_hex(16)
+"""Stands for the text where a chunk is encoded to be cut there: nothing else in it can be the same."""
 
 
 class Shape(Protocol):
     """How an endpoint words its answers."""
+
+    @property
+    def is_text_only(self) -> bool:
+        """Between a choice's first and last delta, only the text differs from one chunk to the next."""
 
     def whole(self, choices: list[Choice], usage: UsageBody) -> msgspec.Struct: ...
 
@@ -37,35 +45,55 @@ async def answer(
             choices = await while_connected(request, generation.whole())
             body = shape.whole(choices, generation.usage())
             return Response(msgspec.json.encode(body), media_type="application/json")
-        items = generation.deltas()
-        first = await while_connected(request, anext(items))
+        await while_connected(request, generation.arrival())
+        events = _events(generation.take(), generation, shape, include_usage)
     except ClientGone:
         generation.abort("client_gone")
         return Response(status_code=499)
-    events = _events(first, items, generation, shape, include_usage)
     return EventStream(events, generation.abort, settings.slow_client_timeout)
 
 
 async def _events(
-    first: tuple[int, Delta],
-    rest: AsyncIterator[tuple[int, Delta]],
-    generation: Generation,
-    shape: Shape,
-    include_usage: bool,
-) -> AsyncIterator[bytes]:
-    begun: set[int] = set()
+    first: list[tuple[int, Delta]], generation: Generation, shape: Shape, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """What comes at the same moment is one chunk."""
+    encode = EventEncoder(shape).encode
+    news = first
     try:
-        async for index, delta in _chain(first, rest):
-            yield b"".join(map(event, shape.chunks(index, delta, is_first=index not in begun)))
-            begun.add(index)
+        while True:
+            yield b"".join([encode(index, delta) for index, delta in news])
+            if generation.is_over:
+                break
+            await generation.arrival()
+            news = generation.take()
         if include_usage:
             yield event(shape.usage_chunk(generation.usage()))
     except PagodaError as error:
         yield event(envelope(error))
+    finally:
+        generation.abort("client_gone")  # does nothing for those that have ended
     yield DONE
 
 
-async def _chain(first: tuple[int, Delta], rest: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[tuple[int, Delta]]:
-    yield first
-    async for item in rest:
-        yield item
+class EventEncoder:
+    """Deltas of a generation to events. What all chunks of a choice have in common is encoded once."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._frames: dict[int, tuple[bytes, bytes] | None] = {}
+        """For each choice that has begun: its event before and after the text, if only the text differs."""
+
+    def encode(self, index: int, delta: Delta) -> bytes:
+        """The events of the choice's next delta."""
+        frame = self._frames.get(index)
+        if frame is not None and delta.finish_reason is None:
+            return frame[0] + encode_json(delta.text) + frame[1]
+        is_first = index not in self._frames
+        if is_first:
+            self._frames[index] = self._frame(index) if self._shape.is_text_only else None
+        return b"".join(map(event, self._shape.chunks(index, delta, is_first=is_first)))
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        [chunk] = self._shape.chunks(index, Delta(PLACEHOLDER, 1, None, None), is_first=False)
+        before, _, after = event(chunk).partition(encode_json(PLACEHOLDER))
+        return before, after

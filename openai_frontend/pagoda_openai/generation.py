@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from typing import TypeVar
 
-from pagoda.client import RequestStream
-from pagoda.errors import InvalidRequest
-from pagoda.protocol import TokenLogprob, Usage
-from pagoda.text.generation import Delta, deltas
+from pagoda.client import Arrivals, RequestStream
+from pagoda.errors import InvalidRequest, PagodaError
+from pagoda.protocol import Output, TokenLogprob, Usage
+from pagoda.text.generation import Delta, DeltaReader
 from pagoda.text.stream import TextStream
 from starlette.requests import Request
 from starlette.types import Receive
@@ -43,7 +43,7 @@ class Answer:
         self.usage: Usage | None = None
         self.prompt_logprobs: list[TokenLogprob] = []
         shows = {"skip_special_tokens": ask.skip_special_tokens}
-        self._text = TextStream(
+        text = TextStream(
             model.tokenizer,
             stops=ask.stops,
             include_stop=ask.include_stop,
@@ -51,10 +51,9 @@ class Answer:
             min_tokens=ask.params.min_tokens,
             **shows,
         )
+        self.push = DeltaReader(stream, text).push
+        """The delta that the next output adds."""
         self._trace = None if ask.logprobs is None else LogprobTrace(model.tokenizer, prompt_ids=prompt.ids, **shows)
-
-    def deltas(self) -> AsyncIterator[Delta]:
-        return deltas(self.stream, self._text)
 
     def report(self, delta: Delta) -> list[Placed]:
         """The tokens that `delta`, the next one, lets be reported; none when nobody asked."""
@@ -105,23 +104,50 @@ class Generation:
         self.model = model
         self.ask = ask
         self.answers = [answer for prompt in prompts for answer in _answers(model, prompt, ask)]
+        self._arrivals = Arrivals([answer.stream for answer in self.answers])
+        self._error: PagodaError | None = None
+        """Ends the generation once what came before it is shown."""
 
     def abort(self, reason: str) -> None:
         """Nobody wants the rest."""
         for answer in self.answers:
             answer.stream.abort("slow_client" if reason == "slow_client" else "client_gone")
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(answer, delta) as they come; each answer's last has a finish reason. Raises what ended a request."""
+    @property
+    def is_over(self) -> bool:
+        """Every answer's end was taken."""
+        return self._error is None and self._arrivals.are_over
+
+    async def arrival(self) -> None:
+        """Until there is something to take."""
+        if self._error is None:
+            await self._arrivals.wait()
+
+    def take(self) -> list[tuple[int, Delta]]:
+        """(answer, delta) of all that has come; each answer's last has a finish reason.
+
+        Raises what ended a request, once all that came before it was taken.
+        """
+        if self._error is not None:
+            raise self._error
+        news: list[tuple[int, Delta]] = []
         try:
-            async for index, delta in _merge([answer.deltas() for answer in self.answers]):
-                if delta.usage is not None:
-                    self.answers[index].usage = delta.usage
-                if delta.prompt_logprobs is not None:
-                    self._share(index, delta.prompt_logprobs)
-                yield index, delta
-        finally:
-            self.abort("client_gone")  # does nothing for those that have ended
+            while (arrived := self._arrivals.take()) is not None:
+                news.append((arrived[0], self._read(*arrived)))
+        except PagodaError as error:
+            if not news:
+                raise
+            self._error = error
+        return news
+
+    def _read(self, index: int, output: Output) -> Delta:
+        answer = self.answers[index]
+        delta = answer.push(output)
+        if delta.usage is not None:
+            answer.usage = delta.usage
+        if delta.prompt_logprobs is not None:
+            self._share(index, delta.prompt_logprobs)
+        return delta
 
     def _share(self, index: int, reports: list[TokenLogprob]) -> None:
         """A prompt's reports are the same for all its answers."""
@@ -132,8 +158,13 @@ class Generation:
     async def whole(self) -> list[Choice]:
         """The answers to show, `ask.n` for each prompt; the likeliest first when there were more to choose from."""
         choices = [Choice(answer) for answer in self.answers]
-        async for index, delta in self.deltas():
-            choices[index].add(delta)
+        try:
+            while not self.is_over:
+                await self.arrival()
+                for index, delta in self.take():
+                    choices[index].add(delta)
+        finally:
+            self.abort("client_gone")  # does nothing for those that have ended
         ask = self.ask
         if ask.best_of == ask.n:
             return choices
@@ -165,29 +196,6 @@ def _answers(model: Model, prompt: Prompt, ask: Ask) -> list[Answer]:
 
 def _likelihood(choice: Choice) -> float:
     return choice.mean_logprob
-
-
-async def _merge(sources: list[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
-    """Items of several iterators as they come. One that raises ends all."""
-    if len(sources) == 1:
-        async for item in sources[0]:
-            yield 0, item
-        return
-    pending = {asyncio.ensure_future(anext(source)): index for index, source in enumerate(sources)}
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=lambda t: pending[t]):
-                index = pending.pop(task)
-                try:
-                    item = task.result()
-                except StopAsyncIteration:
-                    continue
-                yield index, item
-                pending[asyncio.ensure_future(anext(sources[index]))] = index
-    finally:
-        for task in pending:
-            task.cancel()
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 from starlette.responses import Response
@@ -28,10 +28,37 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
+class Patience:
+    """Ends a task when one write of it takes longer than `seconds`; `since` is when it began, None between writes.
+
+    One timer for the whole task: one for each write would cost more than the write.
+    """
+
+    def __init__(self, seconds: float, task: asyncio.Task[None]) -> None:
+        self.since: float | None = None
+        self.is_over = False
+        self._seconds = seconds
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        left = self._seconds if self.since is None else self.since + self._seconds - now
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+        else:
+            self.is_over = True
+            self._task.cancel()
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+
 class EventStream(Response):
     """An ASGI response. `on_gone` is called when the client leaves, or stays behind by `timeout` seconds."""
 
-    def __init__(self, events: AsyncIterator[bytes], on_gone: Callable[[str], None], timeout: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], on_gone: Callable[[str], None], timeout: float) -> None:
         super().__init__()
         self._events = events
         self._on_gone = on_gone
@@ -40,8 +67,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(disconnected(receive))
         stream = asyncio.create_task(self._stream(send))
+        self._patience = Patience(self._timeout, stream)
         await asyncio.wait((watch, stream), return_when=asyncio.FIRST_COMPLETED)
-        if not stream.done():
+        self._patience.end()
+        if self._patience.is_over:
+            log.warning("a client stopped reading for %.0f s: its request is ended", self._timeout)
+            self._on_gone("slow_client")
+        elif not stream.done():
             self._on_gone("client_gone")
             stream.cancel()
         watch.cancel()
@@ -50,19 +82,15 @@ class EventStream(Response):
             raise error
 
     async def _stream(self, send: Send) -> None:
+        patience, now = self._patience, asyncio.get_running_loop().time
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
-        async for chunk in self._events:
-            if not await self._send(send, {"type": "http.response.body", "body": chunk, "more_body": True}):
-                return
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> bool:
-        """False when the client did not take it in time; only its own request ends."""
-        try:
-            await asyncio.wait_for(send(message), self._timeout)
-        except asyncio.TimeoutError:
-            log.warning("a client stopped reading for %.0f s: its request is ended", self._timeout)
-            self._on_gone("slow_client")
-            return False
-        return True
+        patience.since = now()
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        patience.since = None
+        async with contextlib.aclosing(self._events) as events:
+            async for chunk in events:
+                patience.since = now()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                patience.since = None
+        patience.since = now()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

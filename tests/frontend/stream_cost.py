@@ -15,14 +15,13 @@ from typing import Any
 from frontend.fake_engine import MODEL, FakeEngine
 from pagoda import protocol as wire
 from pagoda.text.tokenizer import Tokenizer
-from pagoda_openai.answer import Shape
+from pagoda_openai.answer import EventEncoder, Shape
 from pagoda_openai.ask import Ask, ask_chat, ask_completion
 from pagoda_openai.generation import Generation
 from pagoda_openai.model import Model, Prompt
 from pagoda_openai.requests import ChatMessage, ChatRequest, CompletionRequest
 from pagoda_openai.routes.chat import ChatShape
 from pagoda_openai.routes.completions import CompletionShape
-from pagoda_openai.sse import event
 
 TOKENS = 300
 RUNS = 150
@@ -46,16 +45,15 @@ def outputs(first_id: int, top: int | None) -> list[wire.Output]:
 
 async def microseconds(generation: Generation, shape: Shape) -> float:
     """Per token, over one answer."""
-    items = generation.deltas()
+    encode = EventEncoder(shape).encode
     stream = generation.answers[0].stream
     first, *rest = outputs(stream.id, generation.ask.params.logprobs)
     stream.put(first)
-    await anext(items)
+    encode(*generation.take()[0])
     began = time.perf_counter()
     for output in rest:
         stream.put(output)
-        index, delta = await anext(items)
-        b"".join(map(event, shape.chunks(index, delta, is_first=False)))
+        b"".join([encode(index, delta) for index, delta in generation.take()])
     seconds = time.perf_counter() - began
     generation.abort("client_gone")
     return seconds / len(rest) * 1e6

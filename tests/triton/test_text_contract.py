@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 from pagoda import protocol as wire
+from pagoda.server import store
+from pagoda.text.tokenizer import Tokenizer
 from service import MODEL, Service
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
@@ -48,6 +50,21 @@ def infer(service: Service, inputs: list[grpcclient.InferInput], **parameters: A
 
 def texts(responses: list[Any]) -> list[str]:
     return [r.as_numpy("text_output")[0].decode() for r in responses if r.as_numpy("text_output") is not None]
+
+
+def strings(response: Any, name: str) -> list[str]:
+    return [value.decode() for value in response.as_numpy(name)]
+
+
+def asking(parameters: dict[str, Any], *shown: str, stream: bool = False) -> list[grpcclient.InferInput]:
+    """The inputs of a request whose answers come without the prompt; `shown`: the return_… inputs."""
+    return [
+        tensor("text_input", PROMPT, "BYTES"),
+        tensor("sampling_parameters", json.dumps(parameters), "BYTES"),
+        tensor("exclude_input_in_output", True, "BOOL"),
+        tensor("stream", stream, "BOOL"),
+        *(tensor(name, True, "BOOL") for name in shown),
+    ]
 
 
 def test_streaming_gives_deltas_and_final_rides_the_last(calm: Service) -> None:
@@ -88,7 +105,10 @@ def test_parameters_may_be_the_request_s_own_and_numbers_strings(calm: Service) 
         ({"bad_words": [""]}, "bad_words must hold words of 1 to 256 characters"),
         ({"structured_outputs": "{"}, "structured_outputs is not valid JSON"),
         ({"timeout": 0}, "timeout must be in (0, 86400]"),
-        ({"n": 2}, "n must be 1 here, not 2"),
+        ({"n": 129}, "n must be in [1, 128], not 129"),
+        ({"best_of": 2, "n": 3}, "best_of must be from n (3) to 128, not 2"),
+        ({"logprobs": 21}, "logprobs must be in [0, 20], not 21"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be in [0, 20], not -1"),
         ({"no_such": 1}, "parameter 'no_such' is not available"),
         ({"max_tokens": 9000}, "together pass the model's context of 8192 tokens by 813"),
     ],
@@ -110,6 +130,81 @@ def test_streaming_with_the_input_is_refused(calm: Service) -> None:
     assert "exclude_input_in_output = False is not allowed" in error.message()
 
 
+# ── several answers, log-probabilities ────────────────────────────────────────────────────────────────────────────
+
+DRAWN = {"temperature": 1.0, "seed": 11, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def drawn(service: Service) -> list[str]:
+    """What a request alone draws by each of three seeds."""
+    return [texts(infer(service, asking({**DRAWN, "seed": 11 + i})))[0] for i in range(3)]
+
+
+def test_n_answers_are_an_element_each(calm: Service, drawn: list[str]) -> None:
+    shown = ("return_finish_reason", "return_num_output_tokens", "return_num_input_tokens")
+    (response,) = infer(calm, asking({**DRAWN, "n": 3}, *shown))
+    assert strings(response, "text_output") == drawn
+    assert len(set(drawn)) > 1
+    assert strings(response, "finish_reason") == ["length"] * 3
+    assert response.as_numpy("num_output_tokens").tolist() == [8] * 3
+    assert response.as_numpy("num_input_tokens").tolist() == [5]
+
+
+def test_n_answers_stream_side_by_side(calm: Service, drawn: list[str]) -> None:
+    parameters = {**DRAWN, "n": 3, "logprobs": 1}
+    shown = ("return_finish_reason", "return_cumulative_logprob", "return_logprobs")
+    responses = infer(calm, asking(parameters, *shown, stream=True))
+    columns = zip(*(strings(r, "text_output") for r in responses), strict=True)
+    assert ["".join(column) for column in columns] == drawn
+    assert strings(responses[-1], "finish_reason") == ["length"] * 3
+    for i in range(3):
+        reports = [report for r in responses for report in json.loads(strings(r, "logprobs")[i])]
+        assert "".join(next(iter(report.values()))["decoded_token"] for report in reports) == drawn[i]
+        total = sum(next(iter(report.values()))["logprob"] for report in reports)
+        assert responses[-1].as_numpy("cumulative_logprob")[i] == pytest.approx(total, abs=1e-4)
+
+
+def test_the_likeliest_of_many_is_shown(calm: Service, drawn: list[str]) -> None:
+    alone = [infer(calm, asking({**DRAWN, "seed": 11 + i}, "return_cumulative_logprob")) for i in range(3)]
+    sums = [float(r.as_numpy("cumulative_logprob")[0]) for (r,) in alone]
+    (response,) = infer(calm, asking({**DRAWN, "best_of": 3}))
+    assert strings(response, "text_output") == [drawn[sums.index(max(sums))]]
+
+
+def test_logprobs_are_json(calm: Service) -> None:
+    parameters = {**GREEDY, "logprobs": 3, "prompt_logprobs": 1}
+    (response,) = infer(calm, asking(parameters, "return_logprobs"))
+    (text,) = strings(response, "logprobs")
+    reports = json.loads(text)
+    assert len(reports) == 8
+    for report in reports:
+        own, *others = report.values()
+        assert own["rank"] == 1
+        assert [other["rank"] for other in others] == [2, 3]
+        assert 0 > own["logprob"] >= others[0]["logprob"] >= others[1]["logprob"]
+    (text,) = strings(response, "prompt_logprobs")
+    first, *rest = json.loads(text)
+    assert first is None
+    assert [next(iter(report.values()))["decoded_token"] for report in rest] == [" capital", " of", " France", " is"]
+
+
+def test_nothing_of_it_comes_unasked(calm: Service) -> None:
+    (response,) = infer(calm, asking({**GREEDY, "logprobs": 3}))
+    assert [output.name for output in response.get_response().outputs] == ["text_output"]
+
+
+def test_a_request_that_bars_every_token_ends_by_name(calm: Service) -> None:
+    """A 1 may come, but not after another: digits are tokens of their own."""
+    one = Tokenizer.from_folder(store.models_dir() / store.DEFAULT_MODEL).encode("1", add_special_tokens=False)
+    barring = {"allowed_token_ids": one, "bad_words": ["11"], "max_tokens": 8}
+    first, error = infer(calm, asking(barring, stream=True))
+    assert texts([first]) == ["1"]
+    assert isinstance(error, InferenceServerException)
+    assert "after 1 output tokens every token is barred by allowed_token_ids and bad_words" in error.message()
+    assert texts(infer(calm, asking(GREEDY))) == [ANSWER]
+
+
 def _post(service: Service, path: str, body: dict[str, Any]) -> bytes:
     request = urllib.request.Request(f"{service.instance.http_url}/v2/models/{MODEL}/{path}", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -122,6 +217,19 @@ def test_generate_and_generate_stream(calm: Service) -> None:
     lines = _post(calm, "generate_stream", {**body, "stream": True}).splitlines()
     pieces = [json.loads(line[6:])["text_output"] for line in lines if line.startswith(b"data: {")]
     assert "".join(pieces) == ANSWER
+
+
+def test_generate_with_several_answers_and_logprobs(calm: Service) -> None:
+    body = {"text_input": PROMPT, **GREEDY, "n": 2, "logprobs": 1, "exclude_input_in_output": True}
+    shown = {"return_logprobs": True, "return_cumulative_logprob": True}
+    whole = json.loads(_post(calm, "generate", {**body, **shown}))
+    assert whole["text_output"] == [ANSWER] * 2
+    assert [len(json.loads(text)) for text in whole["logprobs"]] == [8, 8]
+    assert whole["cumulative_logprob"][0] == pytest.approx(whole["cumulative_logprob"][1], abs=1e-3)
+    lines = _post(calm, "generate_stream", {**body, **shown, "stream": True}).splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+    assert ["".join(parts) for parts in zip(*(event["text_output"] for event in events), strict=True)] == [ANSWER] * 2
+    assert events[-1]["cumulative_logprob"] == pytest.approx(whole["cumulative_logprob"], abs=1e-3)
 
 
 def test_repository_control_needs_the_secret(calm: Service) -> None:

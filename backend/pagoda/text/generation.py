@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import msgspec
 
 from pagoda.client import RequestStream
-from pagoda.protocol import TokenLogprob, Usage
-from pagoda.text.stream import TextStream
+from pagoda.protocol import Output, TokenLogprob, Usage
+from pagoda.text.stream import TextDelta, TextStream
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -27,33 +25,37 @@ class Delta(msgspec.Struct, frozen=True):
     """A stop string was found: text of the last tokens may be left out."""
 
 
-async def deltas(stream: RequestStream, text: TextStream) -> AsyncIterator[Delta]:
-    """The text as it comes; the last delta has the finish reason. A stop string aborts the request with that reason.
+class DeltaReader:
+    """One request's outputs to text, one after the other. A stop string aborts the request with that reason."""
 
-    Whoever stops taking early must abort the stream.
-    """
-    shown = 0
-    usage: Usage | None = None
-    async for output in stream:
-        usage = output.usage or usage
-        piece = text.push(output.token_ids)
+    def __init__(self, stream: RequestStream, text: TextStream) -> None:
+        self._stream = stream
+        self._text = text
+        self._shown = 0
+        self._usage: Usage | None = None
+
+    def push(self, output: Output) -> Delta:
+        """What the next output adds."""
+        self._usage = output.usage or self._usage
+        piece = self._text.push(output.token_ids)
         if piece.stopped:
-            kept = piece.tokens_kept
-            stream.abort("stop_string", kept)
-            reported = None if output.logprobs is None else output.logprobs[: kept - shown]
-            prompt = output.prompt_logprobs
-            yield Delta(piece.text, kept - shown, "stop", _kept(usage, kept), reported, prompt, True)
-            return
-        shown += len(output.token_ids)
-        rest = text.finish() if output.finish_reason is not None else ""
-        yield Delta(
-            piece.text + rest,
+            return self._stop(output, piece)
+        self._shown += len(output.token_ids)
+        return Delta(
+            piece.text if output.finish_reason is None else piece.text + self._text.finish(),
             len(output.token_ids),
             output.finish_reason,
             output.usage,
             output.logprobs,
             output.prompt_logprobs,
         )
+
+    def _stop(self, output: Output, piece: TextDelta) -> Delta:
+        kept = piece.tokens_kept
+        self._stream.abort("stop_string", kept)
+        reported = None if output.logprobs is None else output.logprobs[: kept - self._shown]
+        usage = _kept(self._usage, kept)
+        return Delta(piece.text, kept - self._shown, "stop", usage, reported, output.prompt_logprobs, True)
 
 
 def _kept(usage: Usage | None, tokens: int) -> Usage | None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pagoda.errors import InvalidRequest
-from pagoda.sampling_params import SamplingParams, check_request
+from pagoda.sampling_params import RANGES, SamplingParams, check_range, check_request, require
 from pagoda.text.bad_words import bad_word_ids
 from pagoda.text.structured_outputs import structure_of
 from pagoda.text.tokenizer import Tokenizer
@@ -30,12 +30,16 @@ class TextParameters(msgspec.Struct, frozen=True):
     skip_special_tokens: bool
     priority: int
     timeout: float | None
+    n: int
+    best_of: int
+    """Answers to generate, of which the `n` likeliest are shown."""
 
 
 class _Given(msgspec.Struct, forbid_unknown_fields=True):
     """vLLM's names and defaults; `timeout` is Pagoda's own."""
 
     n: int = 1
+    best_of: int | None = None
     max_tokens: int | None = DEFAULT_MAX_TOKENS
     min_tokens: int = 0
     temperature: float = 1.0
@@ -54,6 +58,8 @@ class _Given(msgspec.Struct, forbid_unknown_fields=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     structured_outputs: str | dict[str, Any] | None = None
     """An object, or its JSON in a string."""
     priority: int = 0
@@ -68,20 +74,42 @@ def parse(request: TextRequest, tokenizer: Tokenizer) -> TextParameters:
         )
     values = _object(request.parameters_json, "sampling_parameters") if request.parameters_json else request.parameters
     given = _convert(values)
-    if given.n != 1:
-        raise InvalidRequest(f"n must be 1 here, not {given.n}: send a request for each answer", field="n")
-    check_request(priority=given.priority, timeout=given.timeout)
+    check_request(n=given.n, priority=given.priority, timeout=given.timeout)
+    best_of = _best_of(given, stream=request.stream)
     return TextParameters(
-        sampling=_sampling(given, tokenizer),
+        sampling=_sampling(given, tokenizer, _logprobs(given, request, ranked=best_of > given.n)),
         stop=check_stops(given.stop),
         include_stop=given.include_stop_str_in_output,
         skip_special_tokens=given.skip_special_tokens,
         priority=given.priority,
         timeout=given.timeout,
+        n=given.n,
+        best_of=best_of,
     )
 
 
-def _sampling(given: _Given, tokenizer: Tokenizer) -> SamplingParams:
+def _best_of(given: _Given, *, stream: bool) -> int:
+    if given.best_of is None:
+        return given.n
+    highest = int(RANGES["n"].high)
+    require(given.n <= given.best_of <= highest, "best_of", given.best_of, f"from n ({given.n}) to {highest}")
+    if given.best_of > given.n and stream:
+        raise InvalidRequest(
+            f"best_of={given.best_of} cannot be streamed: the best answers are known at the end; leave stream out",
+            field="best_of",
+        )
+    return given.best_of
+
+
+def _logprobs(given: _Given, request: TextRequest, *, ranked: bool) -> int | None:
+    """What the engine must report of each token: without return_logprobs only what a sum or a rank needs."""
+    check_range("logprobs", given.logprobs)
+    if request.return_logprobs:
+        return given.logprobs or 0
+    return 0 if request.return_cumulative_logprob or ranked else None
+
+
+def _sampling(given: _Given, tokenizer: Tokenizer, logprobs: int | None) -> SamplingParams:
     structure = given.structured_outputs
     if isinstance(structure, str):
         structure = _object(structure, "structured_outputs")
@@ -101,6 +129,8 @@ def _sampling(given: _Given, tokenizer: Tokenizer) -> SamplingParams:
         logit_bias=given.logit_bias or {},
         allowed_token_ids=None if given.allowed_token_ids is None else tuple(given.allowed_token_ids),
         bad_words=bad_word_ids(tokenizer, given.bad_words or ()),
+        logprobs=logprobs,
+        prompt_logprobs=given.prompt_logprobs,
         structure=structure_of(None, structure),
     )
 

@@ -30,6 +30,8 @@ class TextRequest(msgspec.Struct, tag="request", frozen=True):
     return_finish_reason: bool
     return_num_input_tokens: bool
     return_num_output_tokens: bool
+    return_cumulative_logprob: bool = False
+    return_logprobs: bool = False
 
 
 class TextAbort(msgspec.Struct, tag="abort", frozen=True):
@@ -42,15 +44,24 @@ TextMessage = TextRequest | TextAbort
 
 
 class TextReply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One response: `text` is a delta when streaming. The counts are None when they were not asked for."""
+    """One response, its outputs by Triton's names: an element for each answer, None for what was not asked for."""
 
     id: int
     final: bool
-    text: str = ""
-    finish_reason: str | None = None
-    num_input_tokens: int | None = None
-    num_output_tokens: int | None = None
-    """Output tokens of this response alone."""
+    text_output: list[str] = []
+    """New text when streaming."""
+    finish_reason: list[str] | None = None
+    """"None" until an answer has ended."""
+    cumulative_logprob: list[float] | None = None
+    """Of all tokens so far."""
+    logprobs: list[str] | None = None
+    """JSON, of this response's tokens alone."""
+    prompt_logprobs: list[str] | None = None
+    """One element, JSON; with the first tokens alone."""
+    num_input_tokens: list[int] | None = None
+    """One element."""
+    num_output_tokens: list[int] | None = None
+    """Of this response alone."""
     error_code: str | None = None
     error_message: str = ""
 

@@ -20,10 +20,10 @@ import zmq.asyncio
 from pagoda import logs, sampling_params
 from pagoda import protocol as protocol_wire
 from pagoda.child import die_with_parent
-from pagoda.client import PING_INTERVAL, RequestStream, Session
+from pagoda.client import PING_INTERVAL, Session
 from pagoda.errors import EngineFailure, PagodaError
 from pagoda.text import wire
-from pagoda.text.generation import Delta, deltas
+from pagoda.text.answers import Replies, gathered, rounds
 from pagoda.text.parameters import TextParameters
 from pagoda.text.parameters import parse as parse_parameters
 from pagoda.text.stream import TextStream
@@ -112,10 +112,27 @@ class TextWorker:
         parameters = parse_parameters(request, self.tokenizer)
         prompt_ids = await asyncio.to_thread(self.tokenizer.encode, request.text)
         self._check(prompt_ids, parameters)
-        [stream] = self.session.generate(
-            prompt_ids, parameters.sampling, priority=parameters.priority, timeout=parameters.timeout
+        replies = Replies(request, parameters, self.tokenizer, len(prompt_ids))
+        streams = self.session.generate(
+            prompt_ids,
+            parameters.sampling,
+            n=parameters.best_of,
+            priority=parameters.priority,
+            timeout=parameters.timeout,
         )
-        text = TextStream(
+        news = rounds(streams, [self._text_of(prompt_ids, parameters) for _ in streams])
+        try:
+            if request.stream:
+                async for new in news:
+                    await self._reply(replies.part(new))
+            else:
+                await self._reply(replies.whole(await gathered(news, len(streams))))
+        finally:
+            for stream in streams:
+                stream.abort("client_gone")
+
+    def _text_of(self, prompt_ids: list[int], parameters: TextParameters) -> TextStream:
+        return TextStream(
             self.tokenizer,
             stops=parameters.stop,
             include_stop=parameters.include_stop,
@@ -123,13 +140,6 @@ class TextWorker:
             prompt_ids=prompt_ids,
             min_tokens=parameters.sampling.min_tokens,
         )
-        try:
-            if request.stream:
-                await self._stream(request, stream, text, len(prompt_ids))
-            else:
-                await self._whole(request, stream, text, len(prompt_ids))
-        finally:
-            stream.abort("client_gone")
 
     def _check(self, prompt_ids: list[int], parameters: TextParameters) -> None:
         facts = self.session.facts
@@ -137,32 +147,8 @@ class TextWorker:
             sampling_params.check(parameters.sampling, vocab_size=facts.vocab_size)
             sampling_params.check_length(len(prompt_ids), parameters.sampling, max_model_len=facts.max_model_len)
 
-    async def _stream(self, request: TextRequest, stream: RequestStream, text: TextStream, num_input: int) -> None:
-        async for delta in deltas(stream, text):
-            await self._reply(reply_of(request, delta, num_input))
-
-    async def _whole(self, request: TextRequest, stream: RequestStream, text: TextStream, num_input: int) -> None:
-        parts, count = [], 0
-        async for delta in deltas(stream, text):
-            parts.append(delta.text)
-            count += delta.num_tokens
-        prefix = "" if request.exclude_input else request.text
-        whole = Delta(prefix + "".join(parts), count, delta.finish_reason, delta.usage)
-        await self._reply(reply_of(request, whole, num_input))
-
     async def _reply(self, reply: TextReply) -> None:
         await self._replies.send(encode(reply))
-
-
-def reply_of(request: TextRequest, delta: Delta, num_input: int) -> TextReply:
-    return TextReply(
-        id=request.id,
-        final=delta.finish_reason is not None,
-        text=delta.text,
-        finish_reason=(delta.finish_reason or "None") if request.return_finish_reason else None,
-        num_input_tokens=num_input if request.return_num_input_tokens else None,
-        num_output_tokens=delta.num_tokens if request.return_num_output_tokens else None,
-    )
 
 
 def main() -> None:

@@ -65,6 +65,10 @@ class ChatShape:
         self._reports = generation.ask.logprobs is not None
         self._names = TokenNames(generation.model.tokenizer)
 
+    @property
+    def is_text_only(self) -> bool:
+        return not self._reports
+
     def whole(self, choices: list[Choice], usage: UsageBody) -> msgspec.Struct:
         done = [
             ChatChoice(i, ChatAnswer("assistant", c.text), self._logprobs(c.shown), c.finish_reason)

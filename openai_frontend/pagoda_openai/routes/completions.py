@@ -65,7 +65,7 @@ class CompletionShape:
         }
         self._ask = generation.ask
         self._answers = generation.answers
-        self._is_plain = not generation.ask.echo and generation.ask.logprobs is None
+        self.is_text_only = not generation.ask.echo and generation.ask.logprobs is None
         self._names = TokenNames(generation.model.tokenizer)
 
     def whole(self, choices: list[Choice], usage: UsageBody) -> msgspec.Struct:
@@ -73,7 +73,7 @@ class CompletionShape:
         return Completion(**self._head, choices=done, usage=usage)  # type: ignore[arg-type]
 
     def chunks(self, index: int, delta: Delta, *, is_first: bool) -> list[msgspec.Struct]:
-        if self._is_plain:
+        if self.is_text_only:
             choice = CompletionChoice(index, delta.text, finish_reason=delta.finish_reason)
         else:
             choice = self._reporting_choice(index, delta, is_first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from pagoda.errors import InvalidRequest
 from pagoda.sampling_params import SamplingParams, Structure
@@ -17,13 +18,25 @@ def request_of(parameters: dict[str, Any], raw: str = "") -> TextRequest:
     return TextRequest(1, "text", False, parameters, raw, None, False, False, False)
 
 
+def asking(shown: str, **parameters: Any) -> TextRequest:
+    """A request with one of the return_… inputs."""
+    return msgspec.structs.replace(request_of(parameters), **{shown: True})
+
+
 def parse_json(tokenizer: Tokenizer, **fields: Any) -> TextParameters:
     return parse(request_of({}, json.dumps(fields)), tokenizer)
 
 
 def test_defaults_are_vllms(llama: Tokenizer) -> None:
     assert parse(request_of({}), llama) == TextParameters(
-        SamplingParams(max_tokens=16), stop=(), include_stop=False, skip_special_tokens=True, priority=0, timeout=None
+        SamplingParams(max_tokens=16),
+        stop=(),
+        include_stop=False,
+        skip_special_tokens=True,
+        priority=0,
+        timeout=None,
+        n=1,
+        best_of=1,
     )
 
 
@@ -45,7 +58,9 @@ def test_every_parameter(llama: Tokenizer) -> None:
         stop_token_ids=[9],
         priority=3,
         timeout=1.5,
-        n=1,
+        n=3,
+        best_of=5,
+        prompt_logprobs=2,
     )
     words = given.sampling.bad_words
     assert tuple(llama.encode("hello", add_special_tokens=False)) in words
@@ -60,7 +75,10 @@ def test_every_parameter(llama: Tokenizer) -> None:
         allowed_token_ids=(4, 5),
         bad_words=words,
         stop_token_ids=(9,),
+        logprobs=0,
+        prompt_logprobs=2,
     )
+    assert (given.n, given.best_of) == (3, 5)
     assert (given.stop, given.include_stop, given.skip_special_tokens) == (("a", "b"), True, False)
     assert (given.priority, given.timeout) == (3, 1.5)
 
@@ -80,7 +98,11 @@ def test_a_structure_is_an_object_or_its_json(llama: Tokenizer, given: Any) -> N
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": "two"}, "n"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 129}, "best_of"),
         ({"min_tokens": "many"}, "min_tokens"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"bad_words": [""]}, "bad_words"),
@@ -90,7 +112,8 @@ def test_a_structure_is_an_object_or_its_json(llama: Tokenizer, given: Any) -> N
         ({"structured_outputs": {"xml": "a"}}, "structured_outputs"),
         ({"priority": 101}, "priority"),
         ({"timeout": "0"}, "timeout"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
         ({"no_such": 1}, "no_such"),
     ],
 )
@@ -99,3 +122,30 @@ def test_what_cannot_be_served_is_named(llama: Tokenizer, fields: dict[str, Any]
         parse_json(llama, **fields)
     assert caught.value.field == field
     assert field in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (request_of({}), None),
+        (request_of({"logprobs": 3}), None),
+        (asking("return_logprobs", logprobs=3), 3),
+        (asking("return_logprobs"), 0),
+        (asking("return_cumulative_logprob"), 0),
+        (asking("return_cumulative_logprob", logprobs=3), 0),
+        (request_of({"best_of": 2}), 0),
+        (request_of({"n": 2, "best_of": 2}), None),
+    ],
+    ids=lambda value: None,
+)
+def test_logprobs_are_computed_only_for_who_shows_or_ranks_by_them(
+    llama: Tokenizer, request_: TextRequest, expected: int | None
+) -> None:
+    assert parse(request_, llama).sampling.logprobs == expected
+
+
+def test_a_choice_among_more_answers_cannot_be_streamed(llama: Tokenizer) -> None:
+    streamed = msgspec.structs.replace(request_of({"n": 2, "best_of": 3}), stream=True)
+    with pytest.raises(InvalidRequest, match="best_of=3 cannot be streamed"):
+        parse(streamed, llama)
+    assert parse(msgspec.structs.replace(request_of({"n": 2, "best_of": 2}), stream=True), llama).n == 2
