@@ -33,6 +33,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """`auto` is float32 on a CPU and the checkpoint's own on a GPU."""
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """`dummy` makes up random weights, so that config.json is enough; `auto` is safetensors."""
+    quantization: Literal["auto", "fp8"] = "auto"
+    """`auto` is as the checkpoint is; `fp8` turns a plain checkpoint's matrices into 8-bit floats as it is loaded."""
     tensor_parallel_size: Positive = 1
     max_num_seqs: Positive = 256
     """Most requests in one step."""
@@ -49,6 +51,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Size of the KV cache in blocks; by default what the memory below holds."""
     kv_cache_gib: Annotated[float, Meta(gt=0)] | None = None
     """Memory of the KV cache; by default 2 on a CPU, and on a GPU what the engine's share leaves."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """`auto` is the model's own; `fp8` holds twice (float32: four times) as many tokens, and loses some precision."""
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """The engine's share of the GPU's memory, everything counted; several engines share a GPU by their shares."""
     enforce_eager: bool = False

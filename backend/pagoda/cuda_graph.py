@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ Array = TypeVar("Array", NDArray[np.int64], torch.Tensor)
 
 
 class Inputs(NamedTuple, Generic[Array]):
-    """What a graph reads, views of one array of int64. First the decodes' places, then those of the prefill chunks."""
+    """What travels for a graph, views of one array of int64. First the decodes' places, then those of the chunks."""
 
     token_ids: Array
     """[rows]; -1: the last sample of its request."""
@@ -40,16 +41,20 @@ class Inputs(NamedTuple, Generic[Array]):
     """[chunks + 1], the chunks' first tokens and the last one's end; [1] without chunks."""
     prefix: Array
     """[1], tokens that the decodes have in common."""
+    sample_rows: Array
+    """[requests], of which S count, as in `Layout`: read not by the graph but by what follows it."""
+    sampled: Array
+    """The same."""
 
 
 def views(array: Array, shape: Shape) -> Inputs[Array]:
     sizes = _sizes(shape)
-    ends = np.cumsum(sizes).tolist()
-    return Inputs(*(array[end - size : end] for size, end in zip(sizes, ends, strict=True)))
+    return Inputs(*(array[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)))
 
 
 def _sizes(shape: Shape) -> list[int]:
-    return [*[shape.rows] * 3, *[shape.requests] * 2, shape.chunks + 1, 1]
+    rows, requests = shape.rows, shape.requests
+    return [rows, rows, rows, requests, requests, shape.chunks + 1, 1, requests, requests]
 
 
 class StepGraph:
@@ -60,7 +65,8 @@ class StepGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._rows = rows
         self._array = torch.from_numpy(padding(shape, rows.spare)).to(device)
-        self._make = batch_maker(views(self._array, shape), shape, rows, block_size)
+        self._inputs = views(self._array, shape)
+        self._make = batch_maker(self._inputs, shape, rows, block_size)
 
     def capture(
         self, forward: Forward, output: torch.Tensor, pool: torch.cuda._POOL_HANDLE, stream: torch.cuda.Stream
@@ -75,10 +81,13 @@ class StepGraph:
             finally:
                 self._graph.capture_end()
 
-    def run(self, layout: Layout) -> None:
+    def run(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Launch the step; the layout's `sample_rows` and `sampled` on the device, valid until the next one."""
         pinned = torch.from_numpy(pack(layout, self.shape, self._rows.spare)).pin_memory()
         self._array.copy_(pinned, non_blocking=True)
         self._graph.replay()
+        count = len(layout.sampled)
+        return self._inputs.sample_rows[:count], self._inputs.sampled[:count]
 
 
 class StepGraphs:
@@ -110,22 +119,26 @@ class StepGraphs:
             self._graphs[shape] = graph
         return time.monotonic() - began
 
-    def run(self, layout: Layout) -> torch.Tensor | None:
-        """Hidden states [T, hidden] of a step, valid until the next one; None where no graph fits."""
+    def run(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Hidden states [T, hidden] of a step, and the layout's `sample_rows` and `sampled` on the device.
+
+        Valid until the next step. None where no graph fits.
+        """
         decodes, count = layout.num_decodes, len(layout.token_ids)
         shape = self._shapes.find(
             decodes=decodes,
             chunks=len(layout.rows) - decodes,
             tokens=count - decodes,
-            longest=max(layout.context_lens),
+            longest=layout.longest,
             shares_prefix=layout.shared_prefix > 0,
         )
         if shape is None or shape not in self._graphs:
             return None
-        self._graphs[shape].run(layout)
-        if decodes in (count, shape.decodes):
-            return self._output[:count]
-        return torch.cat([self._output[:decodes], self._output[shape.decodes : shape.decodes + count - decodes]])
+        sample_rows, sampled = self._graphs[shape].run(layout)
+        hidden = self._output[:count]
+        if decodes not in (count, shape.decodes):
+            hidden = torch.cat([hidden[:decodes], self._output[shape.decodes : shape.decodes + count - decodes]])
+        return hidden, sample_rows, sampled
 
 
 def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_size: int) -> Callable[[], Batch]:
@@ -158,31 +171,40 @@ def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_si
 
 def pack(layout: Layout, shape: Shape, spare: int) -> NDArray[np.int64]:
     """A layout as a graph's inputs, padded."""
-    array = padding(shape, spare)
+    array = np.zeros(sum(_sizes(shape)), np.int64)
     inputs = views(array, shape)
+    _pad(inputs, shape, spare)
     decodes, tokens = layout.num_decodes, len(layout.token_ids) - layout.num_decodes
     chunks = len(layout.rows) - decodes
-    per_token = (layout.token_ids, layout.positions, layout.slots)
-    for target, source in zip((inputs.token_ids, inputs.positions, inputs.slots), per_token, strict=True):
+    for target, source in (
+        (inputs.token_ids, layout.token_ids),
+        (inputs.positions, layout.positions),
+        (inputs.slots, layout.slots),
+        (inputs.places, layout.rows),
+        (inputs.contexts, layout.context_lens),
+    ):
         target[:decodes] = source[:decodes]
-        target[shape.decodes : shape.decodes + tokens] = source[decodes:]
-    contexts = np.array(layout.context_lens, np.int64)
-    for target, source in ((inputs.places, layout.rows), (inputs.contexts, contexts)):
-        target[:decodes] = source[:decodes]
-        target[shape.decodes : shape.decodes + chunks] = source[decodes:]
-    inputs.starts[1:] = shape.decodes + tokens
-    inputs.starts[1 : 1 + chunks] = shape.decodes + np.cumsum(layout.query_lens[decodes:], dtype=np.int64)
+        if chunks:
+            target[shape.decodes : shape.decodes + len(source) - decodes] = source[decodes:]
+    if chunks:
+        inputs.starts[1:] = shape.decodes + tokens
+        inputs.starts[1 : 1 + chunks] = shape.decodes + layout.query_lens[decodes:].cumsum()
     inputs.prefix[0] = layout.shared_prefix
     inputs.contexts[decodes : shape.decodes] = layout.shared_prefix + 1  # padding has the prefix, too
+    inputs.sample_rows[: len(layout.sampled)] = layout.sample_rows
+    inputs.sampled[: len(layout.sampled)] = layout.sampled
     return array
 
 
 def padding(shape: Shape, spare: int) -> NDArray[np.int64]:
     """Inputs of decodes that write nothing and read a row of nobody's, and of chunks without tokens."""
     array = np.zeros(sum(_sizes(shape)), np.int64)
-    inputs = views(array, shape)
+    _pad(views(array, shape), shape, spare)
+    return array
+
+
+def _pad(inputs: Inputs[NDArray[np.int64]], shape: Shape, spare: int) -> None:
     inputs.slots[:] = -1
     inputs.places[:] = spare
     inputs.contexts[:] = 1
     inputs.starts[:] = shape.decodes
-    return array

@@ -14,13 +14,12 @@ STANDARD_DEVIATION = 0.02
 
 @torch.no_grad()
 def fill(model: nn.Module, device: torch.device) -> None:
-    """Fill every parameter, the same on every run on a kind of device, and prepare the layers.
+    """Fill a model on the meta device, the same on every run on a kind of device, and prepare the layers.
 
-    Vectors, which are the weights of norms and biases, vary around one.
+    Layer by layer: what a layer turns its weights into replaces them before the next one's take memory.
     """
     generator = torch.Generator(device).manual_seed(SEED)
-    for parameter in model.parameters():
-        parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-        if parameter.dim() == 1:
-            parameter.add_(1.0)
-    weights.prepare(model)
+    for name, layer in weights.layers(model).items():
+        layer.allocate(device)
+        layer.make_up(STANDARD_DEVIATION, generator)
+        weights.prepare(name, layer)

@@ -131,7 +131,7 @@ class Engine:
         progress = self.scheduler.update(launched.plan, collected.token_ids, collected.logprobs)
         self.stats.step(launched.plan, progress)
         if progress:
-            self.emit(StepResult(launched.plan.step, [(key_of(p.request), _output(p)) for p in progress]))
+            self.emit(StepResult(launched.plan.step, [_output(p) for p in progress]))
 
     # ── inbox ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -225,16 +225,14 @@ def _usage(request: Request, completion_tokens: int) -> Usage:
     return Usage(request.num_prompt_tokens, completion_tokens, request.num_cached)
 
 
-def _output(progress: Progress) -> Output:
-    request, total = progress.request, progress.request.num_output_tokens
+def _output(progress: Progress) -> tuple[tuple[str, int], Output]:
+    """By request key. Hundreds a step: what only first and last tokens bring is looked at only then."""
+    request, reason = progress.request, progress.finish_reason
+    key, total = key_of(request), request.num_output_tokens
     index = total - len(progress.new_token_ids)
-    usage = _usage(request, total) if index == 0 or progress.finish_reason else None
-    return Output(
-        key_of(request)[1],
-        index,
-        progress.new_token_ids,
-        progress.finish_reason,
-        usage,
-        [progress.logprob] if progress.logprob is not None else None,
-        request.prompt_logprobs if index == 0 and request.params.prompt_logprobs is not None else None,
-    )
+    logprobs = None if progress.logprob is None else [progress.logprob]
+    if index > 0 and reason is None:
+        return key, Output(key[1], index, progress.new_token_ids, None, None, logprobs)
+    wants_prompt = index == 0 and request.params.prompt_logprobs is not None
+    prompt_logprobs = request.prompt_logprobs if wants_prompt else None
+    return key, Output(key[1], index, progress.new_token_ids, reason, _usage(request, total), logprobs, prompt_logprobs)

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
-from pagoda import hf_rope, sampling_params
+from pagoda import hf_quantisation, hf_rope, sampling_params
 from pagoda.errors import CheckpointError, InvalidRequest
+from pagoda.hf_quantisation import Quantisation
 from pagoda.hf_rope import Rope
 from pagoda.sampling_params import SamplingParams
 
@@ -97,6 +98,8 @@ class HFConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_bias: bool
     mlp_bias: bool
     dtype: str
+    quantisation: Quantisation | None
+    """How the matrices are stored; None: plain."""
     eos_token_ids: tuple[int, ...]
     default_params: SamplingParams = SamplingParams()
 
@@ -150,7 +153,6 @@ def load(folder: Path) -> HFConfig:
 
 
 def _parse(raw: dict[str, Any], generation: dict[str, Any]) -> HFConfig:
-    _refuse_quantised(raw)
     architecture = str((raw["architectures"] or ["none"])[0])
     raw = {**SILENT.get(architecture, {}), **raw}
     hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
@@ -180,18 +182,9 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any]) -> HFConfig:
         attention_bias=bool(raw.get("attention_bias", False)),
         mlp_bias=bool(raw.get("mlp_bias", False)),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        quantisation=hf_quantisation.parse(raw),
         eos_token_ids=_eos(raw, generation),
     )
-
-
-def _refuse_quantised(raw: Mapping[str, Any]) -> None:
-    quantisation = raw.get("quantization_config") or raw.get("compression_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise ValueError(
-            f"the weights are quantised (quant_method {method!r}), which cannot be read: "
-            "take the checkpoint's unquantised version"
-        )
 
 
 def _activation(raw: Mapping[str, Any]) -> str:

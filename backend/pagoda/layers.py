@@ -7,61 +7,141 @@ A layer is built on the meta device, filled by `pagoda.weights`, then `prepare`d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pagoda_kernels import Ops, PackedWeight
+from pagoda_kernels import Ops
 from torch import nn
 
 from pagoda import rope
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
+from pagoda.storage.scheme import Field, Plain, Product, Scheme
 from pagoda.transfer import upload
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor of the checkpoint goes."""
+
+    tensor: torch.Tensor
+    """A view of the layer's memory."""
+    default: float | None = None
+    """What the checkpoint means when it leaves the tensor out; None: it must be there."""
 
 
 class Layer(nn.Module):
     """A module with parameters of its own."""
 
-    def places(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """The checkpoint's names of what this layer, itself called `name`, holds, and where each goes: views."""
+    def places(self, name: str) -> Iterator[tuple[str, Place]]:
+        """The checkpoint's names of what this layer, itself called `name`, holds, and where each goes."""
         for own, parameter in self.named_parameters(recurse=False):
-            yield f"{name}.{own}", parameter.data
+            yield f"{name}.{own}", Place(parameter.data)
+
+    def allocate(self, device: torch.device) -> None:
+        """Take memory for what the places show: they are views of it from now on."""
+        for own, parameter in list(self.named_parameters(recurse=False)):
+            setattr(self, own, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+
+    def make_up(self, deviation: float, generator: torch.Generator) -> None:
+        """Fill the places at random: matrices with this standard deviation, vectors around 1."""
+        for parameter in self.parameters(recurse=False):
+            _make_up(parameter, deviation, generator)
 
     def prepare(self) -> None:
-        """Turn what the file held into what the operations want. Called once, when all places are filled."""
+        """Turn what the file held into what the operations want. Called once, when all places are filled.
+
+        Raises ValueError for contents that the operations cannot take.
+        """
+
+
+def _make_up(parameter: torch.Tensor, deviation: float, generator: torch.Generator) -> None:
+    parameter.normal_(0.0, deviation, generator=generator)
+    if parameter.dim() == 1:
+        parameter.add_(1.0)
 
 
 class Linear(Layer):
-    """y = x Wᵀ + b, one or several of the checkpoint's matrices stacked by rows (`parts`: name to rows)."""
+    """y = x Wᵀ + b, one or several of the checkpoint's matrices joined by rows (`parts`: name to rows).
+
+    How a matrix is stored is its scheme's matter: plain, unless `store_as` says otherwise.
+    """
 
     def __init__(self, in_features: int, parts: dict[str, int] | int, ops: Ops, *, bias: bool = False) -> None:
         super().__init__()
         self.parts = parts if isinstance(parts, dict) else {}
         self.is_one_tensor = not self.parts
         """The checkpoint holds the parts as one tensor, under this layer's own name."""
-        rows = parts if isinstance(parts, int) else sum(parts.values())
-        self.weight = nn.Parameter(torch.empty(rows, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
+        self.in_features = in_features
+        self.out_features = parts if isinstance(parts, int) else sum(parts.values())
+        self._has_bias = bias
         self._ops = ops
-        self._packed: PackedWeight | None = None
+        self._bias: torch.Tensor | None = None
+        self._product: Product | None = None
+        self.store_as(Plain())
 
-    def places(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def store_as(self, scheme: Scheme) -> None:
+        """Hold what the scheme asks for, in new parameters. Raises ValueError for sizes that it cannot hold."""
+        self.scheme = scheme
+        self._parameters.clear()
+        for own, (first, *others) in self._fields().items():
+            shape = list(first.shape)
+            if first.outputs is None:
+                shape.insert(0, 1 + len(others))
+            else:
+                shape[first.outputs] += sum(field.shape[first.outputs] for field in others)
+            self.register_parameter(own, nn.Parameter(torch.empty(shape, dtype=first.dtype), requires_grad=False))
+
+    def matrices(self, name: str) -> dict[str, int]:
+        """The checkpoint's matrices that this layer, itself called `name`, consists of: name to rows."""
         if self.is_one_tensor:
-            yield from super().places(name)
-            return
+            return {name: self.out_features}
         parent = name.rpartition(".")[0]
-        for own, parameter in self.named_parameters(recurse=False):
-            views = torch.split(parameter.data, list(self.parts.values()))
-            yield from ((f"{parent}.{part}.{own}", view) for part, view in zip(self.parts, views, strict=True))
+        return {f"{parent}.{part}": rows for part, rows in self.parts.items()}
+
+    def _fields(self) -> dict[str, list[Field]]:
+        """By a tensor's last name, what each of the matrices holds."""
+        found: dict[str, list[Field]] = {}
+        for rows in self.matrices("").values():
+            fields = self.scheme.fields(rows, self.in_features)
+            if self._has_bias:
+                fields["bias"] = Field((rows,), torch.get_default_dtype(), 0)
+            for own, field in fields.items():
+                found.setdefault(own, []).append(field)
+        return found
+
+    def places(self, name: str) -> Iterator[tuple[str, Place]]:
+        matrices, tensors = self.matrices(name), self._tensors()
+        for own, fields in self._fields().items():
+            data = tensors[own]
+            along = fields[0].outputs
+            views = data.unbind() if along is None else torch.split(data, [f.shape[along] for f in fields], along)
+            for matrix, view, field in zip(matrices, views, fields, strict=True):
+                yield f"{matrix}.{own}", Place(view, field.default)
+
+    def make_up(self, deviation: float, generator: torch.Generator) -> None:
+        tensors = self._tensors()
+        bias = tensors.pop("bias", None)
+        self.scheme.make_up(tensors, deviation, generator)
+        if bias is not None:
+            _make_up(bias, deviation, generator) if self._has_bias else bias.zero_()
 
     def prepare(self) -> None:
-        self._packed = self._ops.pack_linear(self.weight.data)
-        del self.weight
+        tensors = self._tensors()
+        bias = tensors.pop("bias", None)
+        # A scheme may hold a bias for a layer that has none.
+        self._bias = bias if bias is not None and (self._has_bias or bool(bias.any())) else None
+        self._product = self.scheme.pack(tensors, list(self.matrices("").values()), self._ops)
+        self._parameters.clear()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {own: parameter.data for own, parameter in self.named_parameters(recurse=False)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] to [T, out]."""
-        assert self._packed is not None, "prepare() comes before forward()"
-        return self._ops.linear(x, self._packed, self.bias)
+        assert self._product is not None, "prepare() comes before forward()"
+        return self._product(x, bias=self._bias)
 
 
 class GroupedLinear(Layer):
@@ -73,13 +153,12 @@ class GroupedLinear(Layer):
         self.weight = nn.Parameter(torch.empty(num_experts, sum(parts.values()), in_features), requires_grad=False)
         self._ops = ops
 
-    def places(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def places(self, name: str) -> Iterator[tuple[str, Place]]:
         parent = name.rpartition(".")[0]
         for expert, matrix in enumerate(self.weight.data):
             views = torch.split(matrix, list(self.parts.values()))
-            yield from (
-                (f"{parent}.{expert}.{part}.weight", view) for part, view in zip(self.parts, views, strict=True)
-            )
+            for part, view in zip(self.parts, views, strict=True):
+                yield f"{parent}.{expert}.{part}.weight", Place(view)
 
     def forward(self, x: torch.Tensor, expert_starts: torch.Tensor) -> torch.Tensor:
         """x [M, in], sorted by expert, to [M, out]; expert_starts [E + 1] int32."""
@@ -132,16 +211,23 @@ class KVCache:
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.is_scaled = dtype == torch.float8_e4m3fn
+        """An entry is a key or value divided by its layer's scale."""
 
     def copy(self, blocks: list[tuple[int, int]]) -> None:
         """Copy whole blocks, each (from, to), in every layer."""
         source, target = upload(list(np.array(blocks).T.copy()), self.keys.device)
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+        for cache in (self.keys, self.values):
+            # Not every torch writes 8-bit floats by index: their bytes are copied.
+            data = cache.view(torch.uint8) if self.is_scaled else cache
+            data[:, target] = data[:, source]
 
 
-class Attention(nn.Module):
-    """Rotates, writes the new keys and values to the cache, and attends over each request's blocks."""
+class Attention(Layer):
+    """Rotates, writes the new keys and values to the cache, and attends over each request's blocks.
+
+    A checkpoint may hold scales for a cache of 8-bit floats, `k_scale` and `v_scale` beside the projections.
+    """
 
     def __init__(self, config: HFConfig, layer: int, ops: Ops) -> None:
         super().__init__()
@@ -152,7 +238,27 @@ class Attention(nn.Module):
         # One that no context can pass costs a mask and hides nothing.
         self.window = window if window < config.max_position_embeddings else 0
         self.softcap = config.attention_softcap
+        for name in ("k_scale", "v_scale"):
+            self.register_parameter(name, nn.Parameter(torch.empty((), dtype=torch.float32), requires_grad=False))
+        self.cache_scales = (1.0, 1.0)
+        """Of keys and values."""
         self._ops = ops
+
+    def places(self, name: str) -> Iterator[tuple[str, Place]]:
+        parent = name.rpartition(".")[0]
+        for own, parameter in self.named_parameters(recurse=False):
+            yield f"{parent}.{own}", Place(parameter.data, default=1.0)
+
+    def make_up(self, deviation: float, generator: torch.Generator) -> None:
+        for parameter in self.parameters(recurse=False):
+            parameter.fill_(1.0)
+
+    def prepare(self) -> None:
+        k_scale, v_scale = (float(parameter) for parameter in self.parameters(recurse=False))
+        if not (0 < k_scale < float("inf") and 0 < v_scale < float("inf")):
+            raise ValueError(f"k_scale {k_scale} and v_scale {v_scale} must be positive: quantise the checkpoint again")
+        self.cache_scales = k_scale, v_scale
+        self._parameters.clear()
 
     def forward(
         self,
@@ -169,9 +275,12 @@ class Attention(nn.Module):
         rows = qkv.view(qkv.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = torch.split(rows, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         keys, values = cache.keys[self.layer], cache.values[self.layer]
+        k_scale, v_scale = self.cache_scales if cache.is_scaled else (1.0, 1.0)
         cos, sin = rotary.of(self.layer)
         if norms is None:
-            self._ops.rotary_kv_write(q, k, v, cos, sin, batch.positions, keys, values, batch.slots)
+            self._ops.rotary_kv_write(
+                q, k, v, cos, sin, batch.positions, keys, values, batch.slots, k_scale=k_scale, v_scale=v_scale
+            )
         else:
             q_norm, k_norm = norms
             self._ops.rotary_kv_write(
@@ -187,7 +296,18 @@ class Attention(nn.Module):
                 q_norm=q_norm.weight,
                 k_norm=k_norm.weight,
                 eps=q_norm.eps,
+                k_scale=k_scale,
+                v_scale=v_scale,
             )
-        return self._ops.paged_attention(
-            q, keys, values, batch.attention, self.scale, window=self.window, softcap=self.softcap
-        ).flatten(1)
+        attended = self._ops.paged_attention(
+            q,
+            keys,
+            values,
+            batch.attention,
+            self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        return attended.flatten(1)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from pagoda_kernels import AllowedTokens, Bias, LogitsEdits, Penalties
 
-from pagoda.errors import PagodaError
+from pagoda.errors import InvalidRequest, PagodaError
 from pagoda.plan import Chunk
 from pagoda.request import Request, Status
 from pagoda.sampling_params import SamplingParams
@@ -124,6 +124,33 @@ class EditsBuilder:
             listed = _bits(allowed, self._words)
             mask = listed if mask is None else mask & listed
         return mask
+
+
+def nothing_left(request: Request) -> InvalidRequest | None:
+    """The error of a request that has barred every token; None when none of its fields bars any.
+
+    A token drawn from logits that are all minus infinity is arbitrary: the request must end instead.
+    """
+    fields = _barring(request)
+    if not fields:
+        return None
+    return InvalidRequest(
+        f"after {request.num_output_tokens} output tokens every token is barred by {' and '.join(fields)}: allow more "
+        "tokens, or leave out one of these fields",
+        field=fields[0],
+    )
+
+
+def _barring(request: Request) -> list[str]:
+    """The request's fields that bar tokens now, as clients name them."""
+    params = request.params
+    bars = {
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "bad_words": bool(params.bad_words),
+        "min_tokens": request.num_output_tokens < params.min_tokens,
+        "structured_outputs": params.structure is not None,
+    }
+    return [field for field, is_set in bars.items() if is_set]
 
 
 def _has_penalty(params: SamplingParams) -> bool:

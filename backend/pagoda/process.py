@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from pagoda import logs, torch_settings
+from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
 from pagoda.child import die_with_parent
 from pagoda.config import EngineConfig, EngineStart
@@ -66,13 +67,15 @@ def _serve(start: EngineStart, sessions: Sessions) -> None:
     max_model_len = resolve_max_model_len(config, model.max_position_embeddings)
     runner = Runner(config, model, folder, max_model_len)
     scheduler = Scheduler(
-        BlockPool(runner.num_blocks),
-        block_size=config.block_size,
+        BlockAllocator(
+            BlockPool(runner.num_blocks),
+            block_size=config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+        ),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=runner.max_num_batched_tokens,
         max_num_queued_requests=config.max_num_queued_requests,
         max_num_queued_tokens=config.max_num_queued_tokens,
-        enable_prefix_caching=config.enable_prefix_caching,
     )
     engine = Engine(scheduler, runner, sessions.emit)
     facts = ModelFacts(

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+MAX_PREEMPTIONS = 3
+"""Of one request; then it is settled."""
+
+
 class Matcher(Protocol):
     """Follows one request's output through its grammar."""
 
@@ -82,12 +86,19 @@ class Request:
     matcher: Matcher | None = None
     """Of a request with a grammar."""
 
+    depends_on_output: bool = field(init=False)
+    """`params.depends_on_output`, worked out once: it is asked for at each step."""
+    length_limit: int = field(init=False)
+    """Tokens of prompt and output at most."""
+
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float = 0.0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+        self.depends_on_output = self.params.depends_on_output
+        self.length_limit = len(self.prompt_ids) + self.max_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -112,8 +123,13 @@ class Request:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
+    def is_settled(self) -> bool:
+        """Preempted as often as may be: from then on it gets all the blocks it may ever need, and keeps them."""
+        return self.epoch >= MAX_PREEMPTIONS
+
+    @property
     def is_decoding(self) -> bool:
-        return self.num_uncomputed == 1 and self.num_computed > 0
+        return len(self.token_ids) + self.num_pending == self.num_computed + 1 > 1
 
     def block_hash(self, index: int, block_size: int) -> bytes:
         """Chain hash of full block `index`, computed once and kept: tokens once known never change."""

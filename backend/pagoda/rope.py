@@ -2,20 +2,24 @@
 
 Two kinds depend on the context's length: a dynamic base grows with it, and longrope has factors for contexts within
 the original length and others beyond it. A cached key is never rotated again, so one choice must hold for all requests:
-it is made for the longest context the engine admits, `max_model_len`.
+it is made for the longest context the engine admits, `max_model_len`, and said in the log where it matters.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
 
 from pagoda.hf_rope import Dynamic, Linear, Llama3, LongRope, Rope, Scaling, Yarn
 
+log = logging.getLogger("pagoda.rope")
+
 
 def tables(rope: Rope, max_model_len: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, [max_model_len, rope.size / 2] float32 each."""
+    _warn_of_stretching(rope.scaling, max_model_len)
     frequencies = inverse_frequencies(rope, max_model_len)
     angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
     factor = attention_factor(rope.scaling)
@@ -38,6 +42,22 @@ def inverse_frequencies(rope: Rope, max_model_len: int) -> torch.Tensor:
         is_long = max_model_len > scaling.original_max_position_embeddings
         return frequencies / torch.tensor(scaling.long_factor if is_long else scaling.short_factor)
     return frequencies
+
+
+def _warn_of_stretching(scaling: Scaling | None, max_model_len: int) -> None:
+    """Say it when contexts of the original length are rotated otherwise than if no longer ones were admitted."""
+    if not isinstance(scaling, LongRope | Dynamic):
+        return
+    original = scaling.original_max_position_embeddings
+    if max_model_len > original:
+        chosen = "set of long factors" if isinstance(scaling, LongRope) else f"base grown for {max_model_len} tokens"
+        log.warning(
+            "rotations: the %s holds for every request, also for texts that stay within the original %d tokens and "
+            "would be a little better without; if none is longer, set max_model_len to %d",
+            chosen,
+            original,
+            original,
+        )
 
 
 def attention_factor(scaling: Scaling | None) -> float:

@@ -22,7 +22,7 @@ from pagoda.models.llama import LlamaForCausalLM
 from pagoda.plan import Collected, Plan
 from pagoda.rows import Rows
 from pagoda.sampler import Draw, PromptScores, Sampler
-from pagoda.transfer import upload
+from pagoda.storage import choice
 
 log = logging.getLogger("pagoda.runner")
 
@@ -50,6 +50,8 @@ class Runner:
     def __init__(self, config: EngineConfig, hf_config: HFConfig, folder: Path, max_model_len: int) -> None:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config.dtype, self.device)
+        self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
+        hf_config = choice.resolve(config.quantization, hf_config)
         self.block_size = config.block_size
         self.max_num_batched_tokens = resolve_budget(config, self.device.type)
         self.steps_ahead = 0 if self.device.type == "cpu" else 1
@@ -72,7 +74,7 @@ class Runner:
         share = None if self.device.type == "cpu" else memory.Share(self.device, config.gpu_memory_utilization)
         self.model = self._load(hf_config, folder, dummy=config.load_format == "dummy")
         self.rotary = Rotary(hf_config, max_model_len, self.device)
-        block_bytes = hf_config.kv_elements_per_token * config.block_size * self.dtype.itemsize
+        block_bytes = hf_config.kv_elements_per_token * config.block_size * self.cache_dtype.itemsize
         fixed = memory.asked_for(config, block_bytes, self.device)
         self.cache = self._make_cache(hf_config, 1)
         if fixed is None:
@@ -93,20 +95,19 @@ class Runner:
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
-            with self.device:
-                model = models.build(hf_config, self.ops)
+            model = models.build(hf_config, self.ops)
         finally:
             torch.set_default_dtype(default)
         if dummy:
             dummy_weights.fill(model, self.device)
         else:
-            weights.load(model, folder, model.tied)
+            weights.load(model, folder, model.tied, self.device)
         log.info("weights %s in %.1f s", "made up" if dummy else "loaded", time.monotonic() - started)
         return model.eval()
 
     def _make_cache(self, hf_config: HFConfig, num_blocks: int) -> KVCache:
         try:
-            return KVCache(hf_config, num_blocks, self.block_size, self.dtype, self.device)
+            return KVCache(hf_config, num_blocks, self.block_size, self.cache_dtype, self.device)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"a KV cache of {num_blocks} blocks does not fit beside the weights: lower num_kv_blocks "
@@ -163,12 +164,14 @@ class Runner:
             self.cache.copy(plan.copies)
         layout = self._lay_out(plan)
         hidden, sample_rows, sampled = self._compute(layout)
-        prompts = self.sampler.score_prompts(plan.chunks, hidden, self.model.logits)
+        prompts = None
+        if layout.scores_prompts:
+            prompts = self.sampler.score_prompts(plan.chunks, hidden, self.model.logits)
         if not len(sampled):
             return Launched(plan, None, prompts)
         if len(sampled) < len(hidden):
             hidden = hidden[sample_rows]
-        draw = self._draw(plan, hidden)
+        draw = self._draw(plan, layout, hidden)
         self.rows.remember(sampled, draw.tokens)
         return Launched(plan, draw, prompts)
 
@@ -178,16 +181,16 @@ class Runner:
     def _compute(self, layout: batches.Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [T, hidden], and the layout's `sample_rows` and `sampled` on the device."""
         if self.graphs is not None:
-            hidden = self.graphs.run(layout)
-            if hidden is not None:
-                sample_rows, sampled = upload([layout.sample_rows, layout.sampled], self.device)
-                return hidden, sample_rows, sampled
+            computed = self.graphs.run(layout)
+            if computed is not None:
+                return computed
         batch, sample_rows, sampled = batches.send(layout, self.rows, self.block_size, self.device)
         return self._forward(batch), sample_rows, sampled
 
-    def _draw(self, plan: Plan, hidden: torch.Tensor) -> Draw:
+    def _draw(self, plan: Plan, layout: batches.Layout, hidden: torch.Tensor) -> Draw:
         """Samples for hidden states [S, hidden], a row for each chunk that samples."""
-        return self.sampler.launch([c for c in plan.chunks if c.samples], self.model.logits(hidden))
+        chunks = [c for c in plan.chunks if c.samples]
+        return self.sampler.launch(chunks, layout.wishes, self.model.logits(hidden))
 
     def collect(self, launched: Launched) -> Collected:
         """The results of a step; waits for the device."""

@@ -13,10 +13,11 @@ import torch
 from pagoda_kernels import Ops, SamplingBatch
 
 from pagoda.errors import EngineFailure, PagodaError
-from pagoda.logits_edits import EditsBuilder
+from pagoda.logits_edits import NEVER, EditsBuilder, nothing_left
 from pagoda.plan import Chunk, Collected
 from pagoda.protocol import TokenLogprob
 from pagoda.transfer import Download, upload
+from pagoda.wishes import Wishes, column
 
 MAX_SCORED_ROWS = 256
 """Rows of a prompt whose logits are computed at once: they take vocabulary-sized memory each."""
@@ -31,9 +32,13 @@ class Draw:
     tokens: torch.Tensor
     """[S] int64 on the device."""
     arriving: Download
-    """The tokens, and the parts of `TopLogprobs` where log-probabilities are wanted."""
+    """The tokens, their logits where `bars`, and the parts of `TopLogprobs` where log-probabilities are wanted."""
+    bars: bool
+    """Some request of the step may have barred tokens: their logits are minus infinity."""
     scored: list[int]
     """Rows of S whose requests want log-probabilities."""
+    masked: list[int]
+    """Rows of S whose requests have a grammar."""
     failures: list[tuple[Chunk, PagodaError]]
 
 
@@ -53,44 +58,44 @@ class Sampler:
         self._ops = ops
         self._device = device
         self._edits = EditsBuilder(vocab_size)
-        self._nothing = torch.zeros(0, device=device)
+        nothing = torch.zeros(0, device=device)
+        self._greedy = SamplingBatch(nothing, nothing, nothing, nothing, nothing, nothing, True, False, False, False)
 
-    def launch(self, chunks: list[Chunk], logits: torch.Tensor) -> Draw:
-        """Draw one token for each chunk from logits [S, V] of any float type, which may be overwritten."""
-        logits = logits.float()
-        scored = [row for row, c in enumerate(chunks) if c.request.params.logprobs is not None]
-        edits, failures = self._edits.build(chunks, self._device)
-        raw = logits
+    def launch(self, chunks: list[Chunk], asked: Wishes, logits: torch.Tensor) -> Draw:
+        """Draw one token for each chunk from logits [S, V] of any float type, which may be overwritten.
+
+        asked: [S], what the chunks' requests ask for.
+        """
+        scored = asked["logprobs"].nonzero()[0].tolist()
+        failures: list[tuple[Chunk, PagodaError]] = []
+        edits, raw = None, logits
+        if asked["edits"].any():
+            edits, failures = self._edits.build(chunks, self._device)
         if edits is not None:
+            logits = logits.float()
             raw = logits.clone() if scored else logits
             self._ops.edit_logits(logits, edits)
-        tokens = self._ops.sample(logits, self._batch(chunks))
+        tokens = self._ops.sample(logits, self._batch(chunks, asked))
         arriving = [tokens]
+        bars = edits is not None and (edits.bias is not None or edits.allowed is not None)
+        if bars:
+            arriving.append(logits.gather(1, tokens.unsqueeze(1)).squeeze(1))
         if scored:
             most = max(chunks[row].request.params.logprobs or 0 for row in scored)
-            arriving += self._score(raw[scored], tokens[scored], most)
-        return Draw(chunks, tokens, Download(arriving), scored, failures)
+            arriving += self._score(raw[scored].float(), tokens[scored], most)
+        masked = asked["matcher"].nonzero()[0].tolist()
+        return Draw(chunks, tokens, Download(arriving), bars, scored, masked, failures)
 
     def _score(self, logits: torch.Tensor, tokens: torch.Tensor, most: int) -> list[torch.Tensor]:
         found = self._ops.top_logprobs(logits, tokens, most)
         return [found.logprob, found.rank, found.top_ids, found.top_logprobs]
 
-    def _batch(self, chunks: list[Chunk]) -> SamplingBatch:
-        params = [c.request.params for c in chunks]
-        if all(p.temperature == 0 for p in params):
-            nothing = self._nothing.expand(0)
-            return SamplingBatch(nothing, nothing, nothing, nothing, nothing, nothing, True, False, False, False)
-        temperature, top_k, top_p, min_p, seeds, positions = upload(
-            [
-                np.array([p.temperature for p in params], np.float32),
-                np.array([max(p.top_k, 0) for p in params], np.int32),
-                np.array([p.top_p for p in params], np.float32),
-                np.array([p.min_p for p in params], np.float32),
-                np.array([c.request.seed for c in chunks], np.int64),
-                np.array([c.start + c.count - c.request.num_prompt_tokens for c in chunks], np.int64),
-            ],
-            self._device,
-        )
+    def _batch(self, chunks: list[Chunk], asked: Wishes) -> SamplingBatch:
+        if not asked["temperature"].any():
+            return self._greedy
+        columns = [column(asked, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")]
+        places = np.array([c.start + c.count for c in chunks]) - asked["num_prompt_tokens"]
+        temperature, top_k, top_p, min_p, seeds, positions = upload([*columns, places], self._device)
         return SamplingBatch(
             temperature=temperature,
             top_k=top_k,
@@ -99,9 +104,9 @@ class Sampler:
             seeds=seeds,
             positions=positions,
             all_greedy=False,
-            any_top_k=any(p.top_k > 0 for p in params),
-            any_top_p=any(p.top_p < 1 for p in params),
-            any_min_p=any(p.min_p > 0 for p in params),
+            any_top_k=bool((asked["top_k"] > 0).any()),
+            any_top_p=bool((asked["top_p"] < 1).any()),
+            any_min_p=bool((asked["min_p"] > 0).any()),
         )
 
     def score_prompts(
@@ -135,23 +140,34 @@ class Sampler:
         if draw.scored:
             logprobs = [None] * len(tokens)
             asked = [draw.chunks[row].request.params.logprobs or 0 for row in draw.scored]
-            scored = _read([tokens[row] for row in draw.scored], asked, arrived[1:])
+            scored = _read([tokens[row] for row in draw.scored], asked, arrived[1 + draw.bars :])
             for row, logprob in zip(draw.scored, scored, strict=True):
                 logprobs[row] = logprob
-        return Collected(tokens, logprobs, prompt_logprobs, draw.failures + self._accept(draw, tokens))
+        failures = draw.failures + (_barred(draw.chunks, arrived[1].tolist()) if draw.bars else [])
+        return Collected(tokens, logprobs, prompt_logprobs, failures + self._accept(draw, tokens, failures))
 
-    def _accept(self, draw: Draw, tokens: list[int]) -> list[tuple[Chunk, PagodaError]]:
+    def _accept(
+        self, draw: Draw, tokens: list[int], failed_before: list[tuple[Chunk, PagodaError]]
+    ) -> list[tuple[Chunk, PagodaError]]:
         """Tell each grammar the token that came, but those that failed before it."""
-        failed = {chunk.request for chunk, _ in draw.failures}
+        failed = {chunk.request for chunk, _ in failed_before}
         failures: list[tuple[Chunk, PagodaError]] = []
-        for chunk, token in zip(draw.chunks, tokens, strict=True):
-            if chunk.request.matcher is not None and not chunk.is_stale and chunk.request not in failed:
+        for row in draw.masked:
+            chunk, token = draw.chunks[row], tokens[row]
+            matcher = chunk.request.matcher
+            if matcher is not None and not chunk.is_stale and chunk.request not in failed:
                 try:
-                    if not chunk.request.matcher.accept(token):
+                    if not matcher.accept(token):
                         failures.append((chunk, EngineFailure(f"token {token} does not follow the grammar")))
                 except PagodaError as error:
                     failures.append((chunk, error))
         return failures
+
+
+def _barred(chunks: list[Chunk], logits: list[float]) -> list[tuple[Chunk, PagodaError]]:
+    """The chunks whose drawn token has a logit of minus infinity: every token was barred. One logit a chunk."""
+    empty = [chunk for chunk, logit in zip(chunks, logits, strict=True) if logit == NEVER]
+    return [(chunk, error) for chunk in empty if (error := nothing_left(chunk.request)) is not None]
 
 
 def _prompt_rows(chunks: list[Chunk]) -> tuple[list[int], list[list[int]]]:

@@ -1,4 +1,4 @@
-"""Which tokens of which requests run in the next step, and in which blocks.
+"""Which tokens of which requests run in the next step; `pagoda.allocation` says in which blocks.
 
 Pure Python, no torch, deterministic. One token budget a step: decodes first, then chunks of running prefills, then
 waiting requests, each in the order of rank (`pagoda.waiting`). A request takes the blocks of all its known tokens when
@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 
 from pagoda import waiting
-from pagoda.block_pool import BlockPool
+from pagoda.allocation import BlockAllocator
 from pagoda.plan import Chunk, Plan, Progress
 from pagoda.protocol import FinishReason, TokenLogprob
 from pagoda.request import Request, Status
 from pagoda.waiting import LazyHeap, WaitingQueue
-
-MAX_PREEMPTIONS = 3
-"""Of one request; then it is settled."""
 
 
 @dataclass(slots=True)
@@ -40,21 +37,19 @@ class Counters:
 class Scheduler:
     def __init__(
         self,
-        pool: BlockPool,
+        blocks: BlockAllocator,
         *,
-        block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_num_queued_requests: int,
         max_num_queued_tokens: int,
-        enable_prefix_caching: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pool = pool
-        self.block_size = block_size
+        self.blocks = blocks
+        self.pool = blocks.pool
+        self.block_size = blocks.block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.enable_prefix_caching = enable_prefix_caching
         self.clock = clock
         self.counters = Counters()
         self.running: list[Request] = []
@@ -79,7 +74,7 @@ class Scheduler:
         for member in group:
             if member.key in self._requests:
                 raise ValueError(f"request {member.key!r} is live already")
-        if self._num_blocks(request.num_prompt_tokens + request.max_tokens) > self.pool.num_blocks:
+        if self.blocks.num_blocks(request.length_limit) > self.pool.num_blocks:
             raise ValueError(f"request {request.key!r} can grow beyond the pool of {self.pool.num_blocks} blocks")
         now = self.clock()
         for member in group:
@@ -113,7 +108,7 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is Status.RUNNING:
             self.running.remove(request)
-            self._release(request)
+            self.blocks.release(request)
         else:
             self.waiting.remove(request)
         request.status = Status.FINISHED
@@ -129,7 +124,8 @@ class Scheduler:
         plan = Plan(self._steps)
         budget = self.max_num_batched_tokens
         budget -= self._schedule_decodes(plan, budget)
-        budget -= self._schedule_prefills(plan, budget)
+        if len(plan.chunks) < len(self.running):
+            budget -= self._schedule_prefills(plan, budget)
         self._admit(plan, budget)
         self._steps += 1
         return plan
@@ -138,7 +134,7 @@ class Scheduler:
         used = 0
         for request in list(self.running):
             if used < budget and request.is_decoding and self._can_decode(request) and self._make_room(request):
-                self._grant(plan, request, 1)
+                self._grant(plan, request, 1, samples=True)
                 used += 1
         return used
 
@@ -146,106 +142,62 @@ class Scheduler:
         """False when a pending token fills the request's limit, or must be known before the next one is drawn."""
         if not request.num_pending:
             return True
-        ends = request.num_output_tokens + request.num_pending >= request.max_tokens
-        return not ends and not request.params.depends_on_output
+        return request.num_computed + 1 < request.length_limit and not request.depends_on_output
 
     def _schedule_prefills(self, plan: Plan, budget: int) -> int:
         used = 0
         for request in self.running:
-            if used < budget and request.num_uncomputed and not request.is_decoding:
-                used += self._grant(plan, request, min(request.num_uncomputed, budget - used))
+            if used < budget and not request.is_decoding:
+                used += self._grant_prefill(plan, request, budget - used)
         return used
 
     def _admit(self, plan: Plan, budget: int) -> None:
         while budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting.first()
-            if request is None or not self._take_blocks(request, plan):
+            if request is None or not self.blocks.admit(request, plan, margin=len(self.running)):
                 return
             self.waiting.remove(request)
             request.status = Status.RUNNING
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = self.clock()
+                self._count_prefix(request)
             insort(self.running, request, key=_rank)
-            budget -= self._grant(plan, request, min(request.num_uncomputed, budget))
-
-    def _grant(self, plan: Plan, request: Request, count: int) -> int:
-        start = request.num_computed
-        samples = start + count == request.num_tokens
-        plan.chunks.append(Chunk(request, start, count, samples, request.num_pending > 0, request.epoch))
-        request.num_computed += count
-        request.num_pending += samples
-        # What is known is published before it is computed: a step that reads it comes later, and within one step every
-        # layer writes all keys before it attends. So requests that arrive together compute a common prompt once.
-        self._publish_blocks(request, min(request.num_computed, len(request.token_ids)))
-        return count
-
-    # ── blocks ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-    def _take_blocks(self, request: Request, plan: Plan) -> bool:
-        """Give a waiting request the blocks of all its tokens, shared ones where their content is known already."""
-        known, num_known = self._find_known(request, plan)
-        full = num_known // self.block_size
-        shared, partly_filled = known[:full], known[full:]
-        most = request.num_prompt_tokens + request.max_tokens if _is_settled(request) else request.num_tokens
-        wanted = self._num_blocks(most) - full
-        margin = len(self.running)
-        if wanted + self.pool.num_unreferenced(shared) + margin > self.pool.num_free:
-            return False
-        self.pool.share(shared)
-        request.block_ids = shared + self.pool.take(wanted)
-        request.num_computed = num_known
-        request.num_published = full
-        plan.copies += [(block, request.block_ids[full]) for block in partly_filled]
-        self._count_prefix(request)
-        return True
-
-    def _find_known(self, request: Request, plan: Plan) -> tuple[list[int], int]:
-        """Blocks with the request's first tokens, and how many tokens; the last block may be filled in part.
-
-        The last token of a prompt is always computed: its logits are needed.
-        """
-        cached = self._find_prefix(request)
-        leader = request.fork_of
-        if leader is not None and leader.status is Status.RUNNING:
-            shared = request.num_prompt_tokens - 1
-            if leader.num_computed >= shared > len(cached) * self.block_size and self._can_copy(leader, shared, plan):
-                return leader.block_ids[: self._num_blocks(shared)], shared
-        return cached, len(cached) * self.block_size
-
-    def _can_copy(self, leader: Request, end: int, plan: Plan) -> bool:
-        """Whether the block that token `end` falls into is filled up to there before the step writes anything."""
-        index = end // self.block_size
-        source = leader.block_ids[index : index + 1]
-        return all(c.start >= end for c in plan.chunks if c.request.block_ids[index : index + 1] == source)
-
-    def _find_prefix(self, request: Request) -> list[int]:
-        if not self.enable_prefix_caching or request.needs_prompt_logprobs:
-            return []
-        usable = (request.num_tokens - 1) // self.block_size
-        return self.pool.find(request.block_hash(i, self.block_size) for i in range(usable))
+            budget -= self._grant_prefill(plan, request, budget)
 
     def _count_prefix(self, request: Request) -> None:
-        if self.enable_prefix_caching and request.first_scheduled_time is None and request.fork_of is None:
+        if self.blocks.enable_prefix_caching and request.fork_of is None:
             request.num_cached = request.num_computed
             self.counters.prefix_queried_tokens += request.num_prompt_tokens
             self.counters.prefix_hit_tokens += request.num_cached
 
+    def _grant_prefill(self, plan: Plan, request: Request, budget: int) -> int:
+        count = min(request.num_uncomputed, budget)
+        self._grant(plan, request, count, samples=count == request.num_uncomputed)
+        return count
+
+    def _grant(self, plan: Plan, request: Request, count: int, samples: bool) -> None:
+        start = request.num_computed
+        plan.chunks.append(Chunk(request, start, count, samples, request.num_pending > 0, request.epoch))
+        request.num_computed = start + count
+        request.num_pending += samples
+        # What is known is published before it is computed: a step that reads it comes later, and within one step every
+        # layer writes all keys before it attends. So requests that arrive together compute a common prompt once.
+        self.blocks.publish(request, min(start + count, len(request.token_ids)))
+
+    # ── when blocks run out ───────────────────────────────────────────────────────────────────────────────────────
+
     def _make_room(self, request: Request) -> bool:
         """A block for the request's next token, by preempting the last in rank. False when that was itself."""
-        while self._num_blocks(request.num_computed + 1) > len(request.block_ids):
+        while self.blocks.lacks_room(request):
             if self.pool.num_free:
-                request.block_ids += self.pool.take(1)
-                continue
-            if self.preempt() is request:
+                self.blocks.grow(request)
+            elif self.preempt() is request:
                 return False
-        return request.status is Status.RUNNING
+        return True
 
     def preempt(self) -> Request | None:
         """Free the blocks of the last in rank, as when the pool runs out. None when all are settled and keep theirs."""
-        victim = next((r for r in reversed(self.running) if not _is_settled(r)), None)
+        victim = next((r for r in reversed(self.running) if not r.is_settled), None)
         if victim is not None:
             self._preempt(victim)
         return victim
@@ -253,17 +205,13 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the queue at its old place; what was in flight for it is dropped, its tokens are recomputed."""
         self.running.remove(request)
-        self._release(request)
+        self.blocks.release(request)
         request.status = Status.WAITING
         request.epoch += 1
         request.num_pending = request.num_computed = request.num_published = 0
         self.counters.preemptions += 1
         self.waiting.add(request)
         self.waiting.ready(request)
-
-    def _release(self, request: Request) -> None:
-        self.pool.release(request.block_ids)
-        request.block_ids = []
 
     # ── forks ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -294,43 +242,35 @@ class Scheduler:
     ) -> list[Progress]:
         """Take in a step's samples, one for each chunk with `samples`, in the plan's order."""
         samples = zip(sampled, logprobs or repeat(None), strict=False)
-        return [progress for chunk in plan.chunks for progress in self._advance(chunk, samples)]
+        progress: list[Progress] = []
+        now = self.clock()
+        for chunk in plan.chunks:
+            if chunk.samples:
+                token, logprob = next(samples)
+                if not chunk.is_stale:
+                    reason = self._advance(chunk, token, now)
+                    progress.append(Progress(chunk.request, [token], reason, logprob))
+        return progress
 
-    def _advance(self, chunk: Chunk, samples: Iterator[tuple[int, TokenLogprob | None]]) -> Iterator[Progress]:
-        token, logprob = next(samples) if chunk.samples else (None, None)
+    def _advance(self, chunk: Chunk, token: int, now: float) -> FinishReason | None:
         request = chunk.request
-        if chunk.is_stale:
-            return
-        if token is not None:
-            request.num_pending -= 1
-            request.token_ids.append(token)
-            self._stamp(request)
-        self._publish_blocks(request, chunk.start + chunk.count)
-        if token is not None:
-            if request.forks:
-                self._release_forks(request)
-            reason = self._finish_reason(request, token)
-            if reason is not None:
-                self._finish(request, reason)
-            yield Progress(request, [token], reason, logprob)
-
-    def _stamp(self, request: Request) -> None:
-        request.last_token_time = self.clock()
+        request.num_pending -= 1
+        request.token_ids.append(token)
+        request.last_token_time = now
         if request.first_token_time is None:
-            request.first_token_time = request.last_token_time
-
-    def _publish_blocks(self, request: Request, num_computed: int) -> None:
-        if not self.enable_prefix_caching:
-            return
-        full = num_computed // self.block_size
-        for index in range(request.num_published, full):
-            self.pool.publish(request.block_ids[index], request.block_hash(index, self.block_size))
-        request.num_published = max(request.num_published, full)
+            request.first_token_time = now
+        self.blocks.publish(request, chunk.start + chunk.count)
+        if request.forks:
+            self._release_forks(request)
+        reason = self._finish_reason(request, token)
+        if reason is not None:
+            self._finish(request, reason)
+        return reason
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         if token in request.stop_ids or (request.matcher is not None and request.matcher.is_finished):
             return "stop"
-        if request.num_output_tokens >= request.max_tokens:
+        if len(request.token_ids) >= request.length_limit:
             return "length"
         return None
 
@@ -339,11 +279,11 @@ class Scheduler:
     @property
     def num_wasted_slots(self) -> int:
         """Slots of the cache, in tokens, that requests have reserved and have no token for."""
-        return sum(max(0, len(r.block_ids) * self.block_size - r.num_tokens) for r in self.running)
+        return self.blocks.num_wasted_slots(self.running)
 
     def check(self) -> None:
-        """Prove the memory's invariants. Raises AssertionError."""
-        self.pool.check(request.block_ids for request in self.running)
+        """Prove the invariants of memory and queues. Raises AssertionError."""
+        self.blocks.check(self.running)
         if len(self.waiting) + len(self.running) != len(self._requests):
             raise AssertionError(
                 f"{len(self.waiting)} requests wait and {len(self.running)} run of {len(self._requests)}"
@@ -351,20 +291,7 @@ class Scheduler:
         for request in self._requests.values():
             if request.status is Status.WAITING and request.block_ids:
                 raise AssertionError(f"waiting request {request.key!r} holds blocks {request.block_ids}")
-        for request in self.running:
-            self._check_blocks(request)
-
-    def _check_blocks(self, request: Request) -> None:
-        if len(request.block_ids) * self.block_size < request.num_computed:
-            raise AssertionError(f"request {request.key!r} computed {request.num_computed} tokens beyond its blocks")
-        for block in request.block_ids[request.num_computed // self.block_size :]:
-            if not self.pool.is_private(block):
-                raise AssertionError(f"block {block}, which request {request.key!r} writes to, is shared or published")
 
 
 def _rank(request: Request) -> tuple[float, int]:
     return request.rank
-
-
-def _is_settled(request: Request) -> bool:
-    return request.epoch >= MAX_PREEMPTIONS

@@ -63,29 +63,32 @@ class Stats:
         self.finished: Counter[str] = Counter()
         self._last_token_time: dict[Request, float] = {}
 
-    def observe(self, name: str, value: float) -> None:
+    def observe(self, name: str, value: float, times: int = 1) -> None:
         histogram = self.histograms[name]
-        histogram.counts[bisect_left(histogram.bounds, value)] += 1
-        histogram.sum += value
+        histogram.counts[bisect_left(histogram.bounds, value)] += times
+        histogram.sum += times * value
 
     def step(self, plan: Plan, progress: list[Progress]) -> None:
-        """Count a step that has been read back."""
+        """Count a step that has been read back. Most of its requests had their last tokens at the same time, too."""
         self.observe("iteration_tokens_total", plan.num_tokens)
+        self.generation_tokens += len(progress)
+        gaps: list[float] = []
         for item in progress:
-            self._token(item.request)
+            request = item.request
+            before = self._last_token_time.get(request)
+            if before is None:
+                self._first_token(request)
+            else:
+                gaps.append(request.last_token_time - before)
+            self._last_token_time[request] = request.last_token_time
             if item.finish_reason is not None:
-                self.finish(item.request)
+                self.finish(request)
+        for gap, times in Counter(gaps).items():
+            self.observe("inter_token_latency_seconds", gap, times)
 
-    def _token(self, request: Request) -> None:
-        self.generation_tokens += 1
-        now = request.last_token_time
-        before = self._last_token_time.get(request)
-        if before is None:
-            self.prompt_tokens += request.num_prompt_tokens
-            self.observe("time_to_first_token_seconds", now - request.arrival_time)
-        else:
-            self.observe("inter_token_latency_seconds", now - before)
-        self._last_token_time[request] = now
+    def _first_token(self, request: Request) -> None:
+        self.prompt_tokens += request.num_prompt_tokens
+        self.observe("time_to_first_token_seconds", request.last_token_time - request.arrival_time)
 
     def finish(self, request: Request) -> None:
         """Count a request's end, by whatever reason."""

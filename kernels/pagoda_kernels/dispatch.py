@@ -21,7 +21,7 @@ from .int4_linear import cpu as int4_linear_cpu
 from .linear import Linear, PackLinear
 from .linear import cpu as linear_cpu
 from .logits_edit import EditLogits
-from .logits_edit import reference as logits_edit_reference
+from .logits_edit import cpu as logits_edit_cpu
 from .logprobs import GetTopLogprobs
 from .logprobs import cpu as logprobs_cpu
 from .lora import AddLora
@@ -109,7 +109,7 @@ def _cpu_ops() -> Ops:
         fp8_linear=fp8_linear_cpu.fp8_linear,
         pack_int4_linear=int4_linear_cpu.pack_int4_linear,
         int4_linear=int4_linear_cpu.int4_linear,
-        edit_logits=logits_edit_reference.edit_logits,
+        edit_logits=logits_edit_cpu.edit_logits,
         top_logprobs=logprobs_cpu.top_logprobs,
         sample=sampling_cpu.sample,
     )
@@ -133,7 +133,7 @@ def _batch_invariant_ops() -> Ops:
         fp8_linear=invariant.fp8_linear,
         pack_int4_linear=int4_linear_cpu.pack_int4_linear,
         int4_linear=invariant.int4_linear,
-        edit_logits=logits_edit_reference.edit_logits,
+        edit_logits=logits_edit_cpu.edit_logits,
         top_logprobs=invariant.top_logprobs,
         sample=invariant.sample,
     )

@@ -77,7 +77,7 @@ class Paged:
             self.model = models.build(config, pagoda_kernels.for_device(CPU))
         finally:
             torch.set_default_dtype(torch.float32)
-        weights.load(self.model, folder, self.model.tied)
+        weights.load(self.model, folder, self.model.tied, CPU)
         self.rotary = Rotary(config, max_model_len, CPU)
         num_blocks = 2 * (-(-max_model_len // BLOCK_SIZE))
         self.cache = KVCache(config, num_blocks, BLOCK_SIZE, dtype, CPU)

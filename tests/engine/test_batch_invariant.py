@@ -17,6 +17,8 @@ import torch
 from engine.parity import SHAPE, save
 from engine.test_models import FAMILIES
 from pagoda import config, hf_config
+from pagoda.allocation import BlockAllocator
+from pagoda.batch import Layout
 from pagoda.block_pool import BlockPool
 from pagoda.errors import ConfigError
 from pagoda.plan import Plan
@@ -58,12 +60,12 @@ class Watched(Runner):
 
     logits: dict[tuple[object, int], torch.Tensor]
 
-    def _draw(self, plan: Plan, hidden: torch.Tensor) -> Draw:
+    def _draw(self, plan: Plan, layout: Layout, hidden: torch.Tensor) -> Draw:
         chunks = [c for c in plan.chunks if c.samples]
         rows = self.model.logits(hidden)
         for chunk, row in zip(chunks, rows, strict=True):
             self.logits[chunk.request.key, chunk.start + chunk.count] = row.clone()
-        return self.sampler.launch(chunks, rows)
+        return self.sampler.launch(chunks, layout.wishes, rows)
 
 
 @dataclass
@@ -88,7 +90,7 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_runner(folder: Path, *, invariant: bool, threads: int) -> Watched:
+def make_runner(folder: Path, *, invariant: bool, threads: int, **more: object) -> Watched:
     settings = config.from_parameters(
         {
             "model": str(folder),
@@ -97,6 +99,7 @@ def make_runner(folder: Path, *, invariant: bool, threads: int) -> Watched:
             "num_kv_blocks": 96,
             "block_size": BLOCK_SIZE,
             "max_num_seqs": 16,
+            **more,
         }
     )
     return Watched(settings, hf_config.load(folder), folder, MAX_MODEL_LEN)
@@ -107,13 +110,11 @@ def run(runner: Watched, groups: list[list[Wanted]], *, blocks: int, caching: bo
     chance = random.Random(seed)
     runner.logits = {}
     scheduler = Scheduler(
-        BlockPool(blocks),
-        block_size=BLOCK_SIZE,
+        BlockAllocator(BlockPool(blocks), block_size=BLOCK_SIZE, enable_prefix_caching=caching),
         max_num_seqs=16,
         max_num_batched_tokens=256,
         max_num_queued_requests=64,
         max_num_queued_tokens=10_000,
-        enable_prefix_caching=caching,
     )
     waiting = list(groups)
     requests: dict[object, Request] = {}
@@ -206,6 +207,13 @@ def test_other_families_keep_their_bits(tmp_path: Path, name: str) -> None:
     """Windows, capped scores, norms of heads, partial rotations and experts."""
     next(family for family in FAMILIES if family.name == name).save(tmp_path)
     runner = make_runner(tmp_path, invariant=True, threads=1)
+    assert_invariant(runner, load(128, 6, 40, 50), blocks=18, seeds=2)
+
+
+@pytest.mark.parametrize("more", [{"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}], ids=["weights", "cache"])
+def test_quantised_models_keep_their_bits(tmp_path: Path, more: dict[str, object]) -> None:
+    save(tmp_path, LlamaConfig(**SHAPE), LlamaForCausalLM)
+    runner = make_runner(tmp_path, invariant=True, threads=1, **more)
     assert_invariant(runner, load(128, 6, 40, 50), blocks=18, seeds=2)
 
 

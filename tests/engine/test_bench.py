@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from pagoda.bench import loads, machine, offline
+from pagoda.bench import host, loads, machine, offline
 from pagoda.bench.alone import Alone
 from pagoda.bench.cli import app
 from pagoda.bench.floor import Floor
@@ -17,6 +17,7 @@ from pagoda.config import EngineConfig
 from pagoda.plan import Chunk, Plan
 from pagoda.request import Request
 from pagoda.sampling_params import SamplingParams
+from pagoda.storage import choice
 from typer.testing import CliRunner
 
 HIDDEN, INNER, LAYERS, VOCAB, KV = 64, 96, 2, 300, 32
@@ -58,13 +59,27 @@ def test_the_floor_is_a_steps_bytes_or_its_operations(folder: Path, settings: En
     body = LAYERS * (HIDDEN * (HIDDEN + 2 * KV) + HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
     head, kv = VOCAB * HIDDEN, 2 * LAYERS * KV
     request = Request("r", [1] * 100, SamplingParams(), 1, frozenset(), 0)
-    floor = Floor(Alone(settings, folder).model, 4, LIMITS)
+    floor = Floor(Alone(settings, folder).model, 4, 4, LIMITS)
     one = Plan(0, [Chunk(request, 99, 1, True, False, 0)])
     assert floor.seconds([one]) == pytest.approx(4 * (body + head + 100 * kv) / 1e9)
     many = Plan(1, [Chunk(request, 20, 80, False, False, 0)])
     seen = sum(range(21, 101))
     assert floor.seconds([many]) == pytest.approx((2 * body * 80 + 4 * LAYERS * HIDDEN * seen) / 1e10)
     assert floor.seconds([one, many]) == pytest.approx(floor.seconds([one]) + floor.seconds([many]))
+
+
+def test_quantised_weights_and_caches_have_a_lower_floor(folder: Path, settings: EngineConfig) -> None:
+    plain = Alone(settings, folder).model
+    fp8 = choice.resolve("fp8", plain)
+    request = Request("r", [1] * 100, SamplingParams(), 1, frozenset(), 0)
+    one = Plan(0, [Chunk(request, 99, 1, True, False, 0)])
+    body = LAYERS * (HIDDEN * (HIDDEN + 2 * KV) + HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
+    spared = Floor(plain, 2, 2, LIMITS).seconds([one]) - Floor(fp8, 2, 1, LIMITS).seconds([one])
+    assert spared == pytest.approx((body + 100 * 2 * LAYERS * KV) / LIMITS.bandwidth)
+    many = Plan(1, [Chunk(request, 0, 100, False, False, 0)])
+    fast = msgspec.structs.replace(LIMITS, fp8_rate=2 * LIMITS.matrix_rate)
+    spared = Floor(fp8, 2, 1, LIMITS).seconds([many]) - Floor(fp8, 2, 1, fast).seconds([many])
+    assert spared == pytest.approx(body * 100 / LIMITS.matrix_rate)
 
 
 def test_the_phases_of_a_step_add_up(folder: Path, settings: EngineConfig) -> None:
@@ -98,6 +113,20 @@ def test_the_commands_print_tables_and_write_json(
     ran = CliRunner().invoke(app, ["profile", *common, "--json", str(file)])
     assert ran.exit_code == 0, ran.output
     assert msgspec.json.decode(file.read_bytes())[0]["name"] == "decode, 1 × 64"
+
+
+def test_the_hosts_phases_are_within_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "STEPS", 20)
+    monkeypatch.setattr(host, "COUNTS", (1, 40))
+    file = tmp_path / "host.json"
+    ran = CliRunner().invoke(app, ["host", "--json", str(file)])
+    assert ran.exit_code == 0, ran.output
+    results = msgspec.json.decode(file.read_bytes(), type=list[host.Result])
+    assert [(r.load, r.requests) for r in results] == [(load.name, n) for load in host.LOADS for n in (1, 40)]
+    for result in results:
+        assert set(result.phases) == set(host.PHASES)
+        assert min(result.phases.values()) > 0
+        assert 0 < result.step <= result.worst
 
 
 def test_products_are_timed_by_both(folder: Path, tmp_path: Path) -> None:

@@ -85,6 +85,26 @@ def test_within_the_original_context_a_dynamic_base_is_the_plain_one() -> None:
     assert not torch.equal(rope.inverse_frequencies(dynamic, TRAINED + 1), rope.inverse_frequencies(plain, TRAINED))
 
 
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        (LongRope(2.0, TRAINED, (1.0,) * 2, (2.0,) * 2), "set of long factors"),
+        (Dynamic(4.0, TRAINED), f"base grown for {TRAINED + 1} tokens"),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_a_choice_that_short_texts_pay_for_is_said(
+    scaling: LongRope | Dynamic, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope.tables(Rope(1e4, 4, scaling), TRAINED, torch.device("cpu"))
+    rope.tables(Rope(1e4, 4, Linear(2.0)), 2 * TRAINED, torch.device("cpu"))
+    assert caplog.records == []
+    rope.tables(Rope(1e4, 4, scaling), TRAINED + 1, torch.device("cpu"))
+    [record] = caplog.records
+    assert words in record.getMessage()
+    assert f"set max_model_len to {TRAINED}" in record.getMessage()
+
+
 def test_longrope_takes_its_short_factors_when_no_request_can_be_long() -> None:
     scaled = Rope(1e4, 4, LongRope(2.0, TRAINED, (1.0, 1.0), (2.0, 2.0)))
     plain = rope.inverse_frequencies(Rope(1e4, 4), TRAINED)

@@ -8,6 +8,7 @@ import pytest
 from engine.parity import PROMPT, expected_logits
 from engine.test_models import FAMILIES, Family
 from pagoda import config, hf_config
+from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
 from pagoda.request import Request
 from pagoda.runner import Runner
@@ -18,18 +19,16 @@ BATCHED = ("mistral", "qwen2 tied", "gemma2", "gemma3", "qwen3 moe", "mixtral")
 COUNT = 10
 
 
-def generate(folder: Path, prompts: list[list[int]], count: int, budget: int) -> list[list[int]]:
+def generate(folder: Path, prompts: list[list[int]], count: int, budget: int, **settings: object) -> list[list[int]]:
     """Greedy continuations of all prompts at once, with `budget` tokens a step."""
-    settings = config.from_parameters({"model": str(folder), "num_kv_blocks": 64, "block_size": 8, "max_num_seqs": 8})
-    runner = Runner(settings, hf_config.load(folder), folder, 256)
+    given = {"model": str(folder), "num_kv_blocks": 64, "block_size": 8, "max_num_seqs": 8, **settings}
+    runner = Runner(config.from_parameters(given), hf_config.load(folder), folder, 256)
     scheduler = Scheduler(
-        BlockPool(64),
-        block_size=8,
+        BlockAllocator(BlockPool(64), block_size=8, enable_prefix_caching=True),
         max_num_seqs=8,
         max_num_batched_tokens=budget,
         max_num_queued_requests=8,
         max_num_queued_tokens=10_000,
-        enable_prefix_caching=True,
     )
     params = SamplingParams(temperature=0)
     requests = [Request(i, ids, params, count, frozenset(), 0) for i, ids in enumerate(prompts)]

@@ -204,9 +204,9 @@ def test_code_in_the_folder_is_never_run(folder: Path, caplog: pytest.LogCapture
         Paged(folder)
 
 
-def test_quantised_weights_are_refused(folder: Path) -> None:
-    say(folder, quantization_config={"quant_method": "awq", "bits": 4})
-    with pytest.raises(CheckpointError, match=r"'awq'.*unquantised"):
+def test_quantised_weights_without_a_kernel_are_refused(folder: Path) -> None:
+    say(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(CheckpointError, match=r"'bitsandbytes'.*unquantised"):
         hf_config.load(folder)
 
 

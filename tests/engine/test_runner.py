@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from pagoda import cuda_graph, hf_config, memory
-from pagoda.batch import Layout, common_blocks
+from pagoda.allocation import BlockAllocator
+from pagoda.batch import Layout
 from pagoda.block_pool import BlockPool
 from pagoda.config import EngineConfig, from_parameters
 from pagoda.errors import ConfigError
 from pagoda.graph_shapes import Shape, Shapes
-from pagoda.plan import Chunk
-from pagoda.request import Request, Status
-from pagoda.rows import Rows
+from pagoda.request import Request
 from pagoda.runner import Launched, Runner, resolve_budget
 from pagoda.sampling_params import SamplingParams
 from pagoda.scheduler import Scheduler
@@ -75,21 +74,23 @@ class Padded(Ahead):
             decodes=decodes,
             chunks=chunks,
             tokens=count - decodes,
-            longest=max(layout.context_lens),
+            longest=layout.longest,
             shares_prefix=layout.shared_prefix > 0,
         )
         if shape is None:
             return super()._compute(layout)
         self.ran.add(shape)
         array = torch.from_numpy(cuda_graph.pack(layout, shape, self.rows.spare))
-        batch = cuda_graph.batch_maker(cuda_graph.views(array, shape), shape, self.rows, self.block_size)()
+        inputs = cuda_graph.views(array, shape)
+        batch = cuda_graph.batch_maker(inputs, shape, self.rows, self.block_size)()
         real = shape.decodes + chunks
         # The CPU reads the host's lengths, which a graph's kernels take as bounds.
         batch.attention.query_lens_host[:] = batch.attention.query_starts.diff().tolist()[:real]
         batch.attention.context_lens_host[:] = batch.attention.context_lens.tolist()[:real]
         hidden = self._forward(batch)
-        sample_rows, sampled = upload([layout.sample_rows, layout.sampled], self.device)
-        return torch.cat([hidden[:decodes], hidden[shape.decodes :][: count - decodes]]), sample_rows, sampled
+        hidden = torch.cat([hidden[:decodes], hidden[shape.decodes :][: count - decodes]])
+        samples = len(layout.sampled)
+        return hidden, inputs.sample_rows[:samples], inputs.sampled[:samples]
 
 
 def generate(
@@ -97,13 +98,11 @@ def generate(
 ) -> tuple[Scheduler, list[list[int]]]:
     """Serve prompts of one token to several chunks, three new ones before each step."""
     scheduler = Scheduler(
-        BlockPool(runner.num_blocks),
-        block_size=BLOCK,
+        BlockAllocator(BlockPool(runner.num_blocks), block_size=BLOCK, enable_prefix_caching=True),
         max_num_seqs=12,
         max_num_batched_tokens=budget,
         max_num_queued_requests=100,
         max_num_queued_tokens=10_000,
-        enable_prefix_caching=True,
     )
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 500, (1 + 7 * i,), generator=draw).tolist() for i in range(count)]
@@ -177,76 +176,6 @@ def test_a_step_with_more_of_something_than_any_graph_has_none() -> None:
     assert shapes.find(**fits) == Shape(64, 1024, 8192)  # type: ignore[arg-type]
     for more in ({"decodes": 65}, {"chunks": 17}, {"tokens": 1025}, {"longest": 8193}):
         assert shapes.find(**{**fits, **more}) is None  # type: ignore[arg-type]
-
-
-# ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def make_chunk(blocks: list[int], start: int = 0) -> Chunk:
-    request = Request("r", [0] * (start + 1), SamplingParams(), 10, frozenset(), 0)
-    request.status = Status.RUNNING
-    request.block_ids = blocks
-    return Chunk(request, start, 1, True, False, 0)
-
-
-def table(rows: Rows, row: int, count: int) -> list[int]:
-    found: list[int] = rows.block_tables[row, :count].tolist()
-    return found
-
-
-def test_a_request_keeps_its_row_while_its_blocks_grow() -> None:
-    rows = Rows(2, 4, CPU)
-    first, second = make_chunk([5]), make_chunk([6, 7])
-    places = rows.place([first, second])
-    assert sorted(places) == [0, 1]
-    first.request.block_ids.append(9)
-    assert rows.place([second, first]) == places[::-1]
-    assert table(rows, places[0], 2) == [5, 9]
-    assert table(rows, places[1], 2) == [6, 7]
-
-
-def test_a_preempted_request_brings_new_blocks() -> None:
-    rows = Rows(1, 4, CPU)
-    chunk = make_chunk([5, 6])
-    (row,) = rows.place([chunk])
-    chunk.request.epoch = 1
-    chunk.request.block_ids = [7, 8, 9]
-    assert rows.place([Chunk(chunk.request, 0, 1, True, False, 1)]) == [row]
-    assert table(rows, row, 3) == [7, 8, 9]
-
-
-def test_the_row_of_a_request_that_ended_is_taken_again() -> None:
-    rows = Rows(1, 4, CPU)
-    gone, other = make_chunk([1]), make_chunk([2])
-    rows.place([gone])
-    with pytest.raises(RuntimeError, match="more than 1 requests"):
-        rows.place([other])
-    gone.request.status = Status.FINISHED
-    assert rows.place([other]) == [0]
-    assert table(rows, 0, 1) == [2]
-
-
-# ── what decodes have in common ───────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("own", "start", "expected"),
-    [([90], 33 * BLOCK, 33), ([90], 33 * BLOCK - 1, 32), ([], 32 * BLOCK, 32), ([], 31 * BLOCK, 0)],
-    ids=["all of it", "only full blocks", "one token of its own", "too short"],
-)
-def test_a_common_prefix_ends_before_the_first_own_token(own: list[int], start: int, expected: int) -> None:
-    common = list(range(100, 133))
-    chunks = [make_chunk([*common, 200 + i], 33 * BLOCK + i % 3) for i in range(40)]
-    chunks[17] = make_chunk([*common, *own], start)
-    assert common_blocks(chunks, BLOCK) == expected
-
-
-def test_what_few_or_different_requests_share_is_not_looked_for() -> None:
-    alike = [make_chunk(list(range(50)), 45 * BLOCK) for _ in range(40)]
-    assert common_blocks(alike, BLOCK) == 45
-    assert common_blocks(alike[:31], BLOCK) == 0
-    alike[20] = make_chunk([0, 7, *range(2, 50)], 45 * BLOCK)
-    assert common_blocks(alike, BLOCK) == 0
 
 
 # ── transfers ─────────────────────────────────────────────────────────────────────────────────────────────────────────

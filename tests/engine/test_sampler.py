@@ -12,11 +12,12 @@ import msgspec
 import pagoda_kernels
 import pytest
 import torch
+from pagoda import wishes
 from pagoda.errors import EngineFailure, InvalidRequest, PagodaError
 from pagoda.plan import Chunk, Collected
 from pagoda.protocol import TokenLogprob
 from pagoda.request import Request, Status
-from pagoda.sampler import MAX_SCORED_ROWS, Sampler
+from pagoda.sampler import MAX_SCORED_ROWS, Draw, Sampler
 from pagoda.sampling_params import SamplingParams, Structure
 from pagoda_kernels import SamplingBatch
 from torch import Tensor
@@ -69,9 +70,13 @@ def make_sampler(sample: Callable[[Tensor, SamplingBatch], Tensor] | None = None
     return Sampler(ops if sample is None else replace(ops, sample=sample), CPU, VOCABULARY)
 
 
+def launch(sampler: Sampler, chunks: list[Chunk], logits: Tensor) -> Draw:
+    return sampler.launch(chunks, wishes.of(chunk.request for chunk in chunks), logits)
+
+
 def draw(chunks: list[Chunk], logits: Tensor) -> Collected:
     sampler = make_sampler()
-    return sampler.collect(sampler.launch(chunks, logits.clone()), None)
+    return sampler.collect(launch(sampler, chunks, logits.clone()), None)
 
 
 def edited(chunks: list[Chunk], logits: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def edited(chunks: list[Chunk], logits: Tensor) -> Tensor:
         kept.append(edited_logits.clone())
         return edited_logits.argmax(dim=-1)
 
-    make_sampler(watch).launch(chunks, logits.clone())
+    launch(make_sampler(watch), chunks, logits.clone())
     return kept[0]
 
 
@@ -184,7 +189,7 @@ def test_an_output_never_holds_a_bad_word() -> None:
     sampler, chunks = make_sampler(), [make_chunk([0], [], params, seed) for seed in range(50)]
     for _ in range(20):
         logits = torch.zeros(len(chunks), VOCABULARY)
-        tokens = sampler.collect(sampler.launch(chunks, logits), None).token_ids
+        tokens = sampler.collect(launch(sampler, chunks, logits), None).token_ids
         for chunk, token in zip(chunks, tokens, strict=True):
             chunk.request.token_ids.append(token)
             chunk.start += 1
@@ -247,10 +252,61 @@ def test_a_grammar_hears_nothing_of_a_request_that_has_ended() -> None:
     matcher = Grammar({4})
     chunk = make_chunk([1], [], SamplingParams(temperature=0), matcher=matcher)
     sampler = make_sampler()
-    launched = sampler.launch([chunk], random_logits(1, 0))
+    launched = launch(sampler, [chunk], random_logits(1, 0))
     chunk.request.status = Status.FINISHED
     assert sampler.collect(launched, None).failures == []
     assert matcher.accepted == []
+
+
+# ── nothing left ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+WISHES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 1.0},
+    "filtered": {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+    "reported": {"temperature": 1.0, "logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_request_that_bars_every_token_ends_by_name_and_touches_nobody_else(wish: str) -> None:
+    params = SamplingParams(allowed_token_ids=(7, 8), bad_words=((7,), (3, 8)), **WISHES[wish])
+    chance = random.Random(0)
+    chunks, logits = random_chunks(chance, 6), random_logits(6, 1)
+    expected = draw([fresh(chunk) for chunk in chunks], logits)
+    empty = make_chunk([1], [2, 3], params)
+    row = torch.full((1, VOCABULARY), 5.0)
+    mixed = [*map(fresh, chunks[:3]), empty, *map(fresh, chunks[3:])]
+    collected = draw(mixed, torch.cat([logits[:3], row, logits[3:]]))
+    assert [token for i, token in enumerate(collected.token_ids) if i != 3] == expected.token_ids
+    ((failed, error),) = collected.failures
+    assert failed is empty
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "allowed_token_ids"
+    assert error.message == (
+        "after 2 output tokens every token is barred by allowed_token_ids and bad_words: allow more tokens, or leave "
+        "out one of these fields"
+    )
+
+
+def test_a_grammar_that_allows_nothing_hears_of_no_token() -> None:
+    matcher = Grammar(set())
+    ((_, error),) = draw([make_chunk([1], [], SamplingParams(), matcher=matcher)], random_logits(1, 0)).failures
+    assert "barred by structured_outputs" in error.message
+    assert matcher.accepted == []
+
+
+def test_min_tokens_is_named_only_until_they_have_come() -> None:
+    params = SamplingParams(min_tokens=2, allowed_token_ids=(60, 61, 7), bad_words=((7,),))
+    ((_, early),) = draw([make_chunk([1], [9], params)], random_logits(1, 0)).failures
+    assert "barred by allowed_token_ids and bad_words and min_tokens" in early.message
+    assert draw([make_chunk([1], [9, 9], params)], random_logits(1, 0)).failures == []
+
+
+def test_a_batch_that_bars_nothing_does_not_look() -> None:
+    sampler = make_sampler()
+    for params in (SamplingParams(temperature=0), SamplingParams(repetition_penalty=1.2)):
+        assert not launch(sampler, [make_chunk([1], [2], params)], random_logits(1, 0)).bars
 
 
 # ── log-probabilities ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -392,7 +448,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_runs() -> None:
             chunks = [*others[:place], make_chunk([1, 2], output, params, seed=-7), *others[place:]]
             rows = random_logits(neighbours + 1, step)
             rows[place] = logits[0]
-            output.append(sampler.collect(sampler.launch(chunks, rows), None).token_ids[place])
+            output.append(sampler.collect(launch(sampler, chunks, rows), None).token_ids[place])
         return output
 
     alone = follow(0)
@@ -451,7 +507,7 @@ def test_draws_follow_the_exact_distribution(name: str) -> None:
     params = DISTRIBUTIONS[name]
     logits = random_logits(1, 3, spread=1.5)
     requests = [make_chunk([5, 6, 7], [7, 8, 9], params, seed) for seed in range(20)]
-    chunks = [replace(requests[i % 20], start=i // 20) for i in range(DRAWS)]
+    chunks = [msgspec.structs.replace(requests[i % 20], start=i // 20) for i in range(DRAWS)]
     probabilities = exact(expected_edits(chunks[0], logits[0]), params)
     tokens = torch.tensor(draw(chunks, logits.expand(DRAWS, -1)).token_ids)
     counts = torch.bincount(tokens, minlength=VOCABULARY)
@@ -466,7 +522,7 @@ def test_either_seeds_or_places_alone_are_enough_for_it(varied: str) -> None:
     if varied == "seeds":
         chunks = [make_chunk([1], [2], SamplingParams(), seed) for seed in range(DRAWS)]
     else:
-        chunks = [replace(chunk, start=place) for place in range(DRAWS)]
+        chunks = [msgspec.structs.replace(chunk, start=place) for place in range(DRAWS)]
     tokens = torch.tensor(draw(chunks, logits.expand(DRAWS, -1)).token_ids)
     assert chi_square_p(torch.bincount(tokens, minlength=VOCABULARY), exact(logits[0], SamplingParams())) > 1e-4
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pagoda import hf_config
+from pagoda.allocation import BlockAllocator
 from pagoda.batch import Layout
 from pagoda.block_pool import BlockPool
 from pagoda.config import EngineConfig
@@ -87,13 +88,11 @@ def generate(
 ) -> tuple[Scheduler, list[list[int]]]:
     """Serve `work`, `burst` new ones before each step: the scheduler in the end, and the answers."""
     scheduler = Scheduler(
-        BlockPool(runner.num_blocks),
-        block_size=runner.block_size,
+        BlockAllocator(BlockPool(runner.num_blocks), block_size=runner.block_size, enable_prefix_caching=True),
         max_num_seqs=runner.rows.spare,
         max_num_batched_tokens=budget,
         max_num_queued_requests=100,
         max_num_queued_tokens=100_000,
-        enable_prefix_caching=True,
     )
     everything = [
         Request(i, ids, params[i % len(params)], output + i % 7, frozenset(), 1000 + i)
@@ -120,9 +119,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     shapes: list[Shape] = []
     run = StepGraph.run
 
-    def record(self: StepGraph, layout: Layout) -> None:
+    def record(self: StepGraph, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
         shapes.append(self.shape)
-        run(self, layout)
+        return run(self, layout)
 
     monkeypatch.setattr(StepGraph, "run", record)
     return shapes

@@ -112,6 +112,27 @@ def test_logits_with_many_equals(device: str) -> None:
     assert kernel.sample(logits, params).tolist() == reference.sample(logits, params).tolist()
 
 
+@pytest.mark.parametrize(
+    ("requests", "vocabulary"), [(7, 5000), pytest.param(64, 128256, marks=pytest.mark.native)], ids=["small", "llama"]
+)
+def test_logits_of_any_float_type_give_the_tokens_of_the_same_numbers(
+    dtype: torch.dtype, requests: int, vocabulary: int, device: str
+) -> None:
+    """Greedy, drawn, filtered and searched rows; the logits stay as they were."""
+    from pagoda_kernels.sampling import kernel
+
+    kinds = (Row(0.0), Row(), _ALL, Row(1.3, top_p=0.9), Row(top_k=3), Row(min_p=0.2), Row(top_k=2000))
+    logits, params = Case("any", kinds, requests, vocabulary, 1.5).make(device)
+    logits = logits.to(dtype)
+    before = logits.clone()
+    expected = reference.sample(logits.float(), params)
+    with PoisonedEmpty():
+        assert kernel.sample(logits, params).tolist() == expected.tolist()
+        greedy = kernel.sample(logits, make_params([Row(0.0)] * requests, device))
+    assert greedy.tolist() == logits.float().argmax(dim=-1).tolist()
+    assert torch.equal(logits, before)
+
+
 def test_a_token_does_not_depend_on_the_batch(device: str) -> None:
     from pagoda_kernels.sampling import kernel
 

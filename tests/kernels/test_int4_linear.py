@@ -1,11 +1,22 @@
 """int4_linear against float64 products, and the published layouts bit by bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pagoda_kernels.int4_linear import GROUP, Int4Linear, Int4Weight, PackInt4Linear, cpu, reference
 from pagoda_kernels.int4_linear.cases import CASES, Case, random_weight
 from pagoda_kernels.int4_linear.layout import pack_scales, pack_words
-from pagoda_kernels.int4_linear.layouts import PublishedInt4, from_awq, from_gptq, quantise, to_awq, to_gptq
+from pagoda_kernels.int4_linear.layouts import (
+    PublishedInt4,
+    from_awq,
+    from_gptq,
+    from_pack_quantised,
+    quantise,
+    to_awq,
+    to_gptq,
+    to_pack_quantised,
+)
 from pagoda_kernels.testing import compare
 
 IMPLEMENTATIONS = [(reference.pack_int4_linear, reference.int4_linear), (cpu.pack_int4_linear, cpu.int4_linear)]
@@ -33,10 +44,15 @@ def same(a: Int4Weight, b: Int4Weight) -> bool:
     return torch.equal(a.codes, b.codes) and torch.equal(a.zeros, b.zeros) and torch.equal(a.scales, b.scales)
 
 
-def test_both_layouts_come_back_as_they_went() -> None:
+def test_all_layouts_come_back_as_they_went() -> None:
     weight = random_weight(24, 3 * GROUP, "cpu", 0)
     assert same(from_awq(to_awq(weight)), weight)
     assert same(from_gptq(to_gptq(weight)), weight)
+    assert same(from_pack_quantised(to_pack_quantised(weight)), weight)
+    eights = replace(weight, zeros=torch.full_like(weight.zeros, 8))
+    assert same(from_pack_quantised(to_pack_quantised(eights, zeros=False)), eights)
+    with pytest.raises(ValueError, match="zeros: without a tensor of them all are 8"):
+        to_pack_quantised(weight, zeros=False)
 
 
 def test_awq_holds_eight_outputs_in_its_own_order() -> None:
@@ -62,6 +78,17 @@ def test_gptq_holds_eight_inputs_in_order_and_zeros_less_one() -> None:
     assert published.qzeros.tolist() == [[0x6543210F]]
     assert published.g_idx is not None
     assert published.g_idx.tolist() == [0] * GROUP
+
+
+def test_pack_quantised_holds_eight_inputs_of_each_output_in_order() -> None:
+    codes = torch.zeros(8, GROUP, dtype=torch.uint8)
+    codes[3, 16:24] = torch.arange(1, 9)
+    packed = to_pack_quantised(Int4Weight(codes, torch.arange(8, dtype=torch.uint8)[:, None], torch.ones(8, 1).half()))
+    assert packed.weight_packed.shape == (8, GROUP // 8)
+    assert int(packed.weight_packed[3, 2]) & 0xFFFFFFFF == 0x87654321
+    assert packed.weight_scale.shape == (8, 1)
+    assert packed.weight_zero_point is not None
+    assert packed.weight_zero_point.tolist() == [[0x76543210]]
 
 
 def test_gptq_with_scattered_groups_is_refused() -> None:

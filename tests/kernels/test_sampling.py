@@ -150,6 +150,16 @@ def test_a_token_does_not_depend_on_the_batch(op: Sample) -> None:
 
 
 @implementations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_16_bits_give_the_tokens_of_the_same_numbers(op: Sample, dtype: torch.dtype) -> None:
+    kinds = (Row(0.0), Row(), Row(0.7, 20, 0.9, 0.05), Row(1.3, top_p=0.9), Row(top_k=3), Row(min_p=0.2))
+    logits, params = Case("any", kinds, requests=48).make()
+    narrow = logits.to(dtype)
+    assert op(narrow, params).tolist() == op(narrow.float(), params).tolist()
+    assert op(narrow, make_params([Row(0.0)] * 48)).tolist() == narrow.float().argmax(dim=-1).tolist()
+
+
+@implementations
 def test_greedy_takes_the_lowest_id_among_equals(op: Sample) -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
     assert op(logits, make_params([Row(0.0)] * 2)).tolist() == [1, 0]

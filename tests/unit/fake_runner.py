@@ -16,12 +16,13 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
 from pagoda.plan import Chunk, Collected, Plan
 from pagoda.protocol import FinishReason
-from pagoda.request import Request, Status
+from pagoda.request import MAX_PREEMPTIONS, Request, Status
 from pagoda.sampling_params import SamplingParams
-from pagoda.scheduler import MAX_PREEMPTIONS, Scheduler
+from pagoda.scheduler import Scheduler
 
 VOCAB = 50
 MASK = (1 << 64) - 1
@@ -289,7 +290,7 @@ def _audit_ownership(scheduler: Scheduler, owners: Counter[int]) -> None:
 def _audit_names(runner: FakeRunner) -> None:
     pool = runner.scheduler.pool
     assert {b: h for h, b in pool._block_of.items()} == {b: h for b, h in enumerate(pool._hash_of) if h is not None}
-    assert runner.scheduler.enable_prefix_caching or not pool._block_of
+    assert runner.scheduler.blocks.enable_prefix_caching or not pool._block_of
     for name, block in pool._block_of.items():
         assert name == content_name(runner, block), f"block {block} does not hold what its hash says"
 
@@ -470,16 +471,15 @@ def make_loop(
     steps_ahead: int = 0,
     verify: bool = True,
     pool_class: type[BlockPool] = BlockPool,
+    allocator_class: type[BlockAllocator] = BlockAllocator,
     scheduler_class: type[Scheduler] = Scheduler,
 ) -> Loop:
     scheduler = scheduler_class(
-        pool_class(num_blocks),
-        block_size=block_size,
+        allocator_class(pool_class(num_blocks), block_size=block_size, enable_prefix_caching=enable_prefix_caching),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_queued_requests=max_num_queued_requests,
         max_num_queued_tokens=max_num_queued_tokens,
-        enable_prefix_caching=enable_prefix_caching,
         clock=Clock(),
     )
     return Loop(FakeRunner(scheduler, steps_ahead=steps_ahead, verify=verify))

@@ -7,9 +7,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
-from pagoda.request import Request
-from pagoda.scheduler import MAX_PREEMPTIONS, Scheduler
+from pagoda.request import MAX_PREEMPTIONS, Request
+from pagoda.scheduler import Scheduler
 from unit.fake_runner import Loop, audit, make_group, make_loop
 
 PROMPTS = [[1] * 24, [1] * 8 + [2] * 16, [1] * 5 + [3] * 19, [4, 5] * 12]
@@ -20,6 +21,7 @@ class MemoryMachine(RuleBasedStateMachine):
     """Requests of all ages over a tiny pool, launched and read back in every order that the engine's loop can take."""
 
     pool_class: type[BlockPool] = BlockPool
+    allocator_class: type[BlockAllocator] = BlockAllocator
     scheduler_class: type[Scheduler] = Scheduler
 
     loop: Loop
@@ -43,6 +45,7 @@ class MemoryMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             steps_ahead=steps_ahead,
             pool_class=self.pool_class,
+            allocator_class=self.allocator_class,
             scheduler_class=self.scheduler_class,
         )
 

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
-from pagoda import scheduler
+from pagoda import request as requests
+from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
 from pagoda.plan import Chunk, Plan
 from pagoda.protocol import FinishReason
@@ -54,14 +55,14 @@ class ReusesAWritableBlock(Scheduler):
         return super()._make_room(request)
 
 
-class SharesAPartBlock(Scheduler):
+class SharesAPartBlock(BlockAllocator):
     """A prompt's hit is taken to reach one block further, into one that its owner still writes."""
 
-    def _take_blocks(self, request: Request, plan: Plan) -> bool:
-        if not super()._take_blocks(request, plan):
+    def admit(self, request: Request, plan: Plan, *, margin: int) -> bool:
+        if not super().admit(request, plan, margin=margin):
             return False
         index = request.num_computed // self.block_size
-        for other in self.running:
+        for other in (chunk.request for chunk in plan.chunks):
             if 0 < index < len(other.block_ids) and other.block_ids[:index] == request.block_ids[:index]:
                 self.pool.share(other.block_ids[index : index + 1])
                 self.pool.release(request.block_ids[index : index + 1])
@@ -70,18 +71,18 @@ class SharesAPartBlock(Scheduler):
         return True
 
 
-class PublishesTooEarly(Scheduler):
+class PublishesTooEarly(BlockAllocator):
     """A block is published one token before it is full."""
 
-    def _publish_blocks(self, request: Request, num_computed: int) -> None:
+    def publish(self, request: Request, num_computed: int) -> None:
         if num_computed < len(request.token_ids):
-            super()._publish_blocks(request, num_computed + 1)
+            super().publish(request, num_computed + 1)
 
 
-class PublishesTheNextBlock(Scheduler):
+class PublishesTheNextBlock(BlockAllocator):
     """A hash is given to the block after the one that it is the hash of."""
 
-    def _publish_blocks(self, request: Request, num_computed: int) -> None:
+    def publish(self, request: Request, num_computed: int) -> None:
         if not self.enable_prefix_caching:
             return
         full = num_computed // self.block_size
@@ -90,7 +91,7 @@ class PublishesTheNextBlock(Scheduler):
         request.num_published = max(request.num_published, full)
 
 
-class IgnoresTheSalt(Scheduler):
+class IgnoresTheSalt(BlockAllocator):
     """A prefix is looked up under the empty salt."""
 
     def _find_prefix(self, request: Request) -> list[int]:
@@ -147,11 +148,11 @@ class IgnoresPriority(Scheduler):
         request.priority = priority
 
 
-class ForksWithoutACopy(Scheduler):
+class ForksWithoutACopy(BlockAllocator):
     """A fork writes its own tokens into the block that its leader's prompt ends in."""
 
-    def _take_blocks(self, request: Request, plan: Plan) -> bool:
-        if not super()._take_blocks(request, plan):
+    def admit(self, request: Request, plan: Plan, *, margin: int) -> bool:
+        if not super().admit(request, plan, margin=margin):
             return False
         for source, target in plan.copies:
             if target in request.block_ids:
@@ -162,28 +163,32 @@ class ForksWithoutACopy(Scheduler):
         return True
 
 
-class CopiesTheWrongBlock(Scheduler):
+class CopiesTheWrongBlock(BlockAllocator):
     """A fork gets the block before the one that its prompt ends in."""
 
-    def _take_blocks(self, request: Request, plan: Plan) -> bool:
-        taken = super()._take_blocks(request, plan)
+    def admit(self, request: Request, plan: Plan, *, margin: int) -> bool:
+        taken = super().admit(request, plan, margin=margin)
         plan.copies = [(max(0, source - 1), target) for source, target in plan.copies]
         return taken
 
 
-class ForksTooEarly(Scheduler):
+class ReleasesForksTooEarly(Scheduler):
     """Forks are let go when they come, not when their leader's prompt has been computed."""
+
+    def add(self, request: Request) -> None:
+        super().add(request)
+        self._release_forks(request)
+
+
+class SharesAnUncomputedPrompt(BlockAllocator):
+    """A fork takes its leader's prompt for computed as soon as the leader runs."""
 
     def _find_known(self, request: Request, plan: Plan) -> tuple[list[int], int]:
         leader = request.fork_of
         if leader is not None and leader.status is Status.RUNNING:
             shared = request.num_prompt_tokens - 1
-            return leader.block_ids[: self._num_blocks(shared)], shared
+            return leader.block_ids[: self.num_blocks(shared)], shared
         return super()._find_known(request, plan)
-
-    def add(self, request: Request) -> None:
-        super().add(request)
-        self._release_forks(request)
 
 
 class LosesAnOrphan(Scheduler):
@@ -195,7 +200,7 @@ class LosesAnOrphan(Scheduler):
 
 def _nobody_settles() -> AbstractContextManager[object]:
     """A request may be preempted as often as it happens."""
-    return mock.patch.object(scheduler, "MAX_PREEMPTIONS", 99)
+    return mock.patch.object(requests, "MAX_PREEMPTIONS", 99)
 
 
 class RunsAheadOfItsTokens(Scheduler):
@@ -219,6 +224,7 @@ class ForgetsWhatWaits(Scheduler):
 class Fault:
     name: str
     pool: type[BlockPool] = BlockPool
+    allocator: type[BlockAllocator] = BlockAllocator
     scheduler: type[Scheduler] = Scheduler
     patch: Callable[[], AbstractContextManager[object]] = nullcontext
     seen_by_check: bool = False
@@ -233,19 +239,21 @@ def _faults() -> Iterator[Fault]:
     yield Fault("one reference too many", pool=OneReferenceTooMany, seen_by_check=True)
     yield Fault("shared block freed with its first owner", pool=FreesWhatIsShared, seen_by_check=True)
     yield Fault("writable block reused", scheduler=ReusesAWritableBlock, seen_by_check=True)
-    yield Fault("partly filled block shared", scheduler=SharesAPartBlock, seen_by_check=True)
-    yield Fault("published a token early", scheduler=PublishesTooEarly, seen_by_check=True)
-    yield Fault("published under the next hash", scheduler=PublishesTheNextBlock, seen_by_check=True)
-    yield Fault("salt ignored", scheduler=IgnoresTheSalt)
+    yield Fault("partly filled block shared", allocator=SharesAPartBlock, seen_by_check=True)
+    yield Fault("published a token early", allocator=PublishesTooEarly, seen_by_check=True)
+    yield Fault("published under the next hash", allocator=PublishesTheNextBlock, seen_by_check=True)
+    yield Fault("salt ignored", allocator=IgnoresTheSalt)
     yield Fault("stale result applied after preemption", patch=_stale_results_count)
     yield Fault("preempted after its grant", scheduler=PreemptsAfterTheGrant)
     yield Fault("token lost on preemption", scheduler=DropsATokenOnPreemption)
     yield Fault("budget exceeded", scheduler=ForgetsTheBudget)
     yield Fault("newest first", scheduler=NewestFirst)
     yield Fault("priority ignored", scheduler=IgnoresPriority)
-    yield Fault("fork without a copy", scheduler=ForksWithoutACopy, seen_by_check=True)
-    yield Fault("fork copies the wrong block", scheduler=CopiesTheWrongBlock)
-    yield Fault("fork before the prompt is computed", scheduler=ForksTooEarly)
+    yield Fault("fork without a copy", allocator=ForksWithoutACopy, seen_by_check=True)
+    yield Fault("fork copies the wrong block", allocator=CopiesTheWrongBlock)
+    yield Fault(
+        "fork before the prompt is computed", allocator=SharesAnUncomputedPrompt, scheduler=ReleasesForksTooEarly
+    )
     yield Fault("fork without its leader lost", scheduler=LosesAnOrphan)
     yield Fault("preempted without end", patch=_nobody_settles)
     yield Fault("ahead of a token that must be known", scheduler=RunsAheadOfItsTokens)

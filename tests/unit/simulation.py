@@ -7,6 +7,7 @@ import random
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
+from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
 from pagoda.engine import Cancel, Command, Engine, Event, Refusal, StepResult, Stop, Submit
 from pagoda.errors import DeadlineExceeded, Overloaded
@@ -150,6 +151,7 @@ def simulate(
         steps_ahead=shape.steps_ahead,
         verify=not check_only,
         pool_class=fault.pool if fault else BlockPool,
+        allocator_class=fault.allocator if fault else BlockAllocator,
         scheduler_class=fault.scheduler if fault else Scheduler,
     )
     script = Script(rng, shape, num_requests)

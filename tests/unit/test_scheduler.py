@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from pagoda.errors import Overloaded
 from pagoda.plan import Plan
-from pagoda.request import Request, Status
-from pagoda.scheduler import MAX_PREEMPTIONS
+from pagoda.request import MAX_PREEMPTIONS, Request, Status
 from unit.fake_runner import Loop, audit, lone_run, make_group, make_loop, make_request
 from unit.memory_machine import MemoryMachine
 from unit.planted_faults import FAULTS, Fault
@@ -478,6 +477,7 @@ def test_the_state_machine_sees(fault: Fault) -> None:
 
     class Faulty(MemoryMachine):
         pool_class = fault.pool
+        allocator_class = fault.allocator
         scheduler_class = fault.scheduler
 
     with fault.patch(), pytest.raises((AssertionError, IndexError, ValueError, KeyError)):

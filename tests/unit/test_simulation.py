@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from pagoda.scheduler import MAX_PREEMPTIONS
+from pagoda.request import MAX_PREEMPTIONS
 from unit.fake_runner import Loop
 from unit.planted_faults import FAULTS, Fault
 from unit.simulation import simulate

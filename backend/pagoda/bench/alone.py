@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pagoda import hf_config
+from pagoda.allocation import BlockAllocator
 from pagoda.bench.loads import Load
 from pagoda.block_pool import BlockPool
 from pagoda.config import EngineConfig
@@ -40,13 +41,15 @@ class Alone:
     def scheduler(self, loads: list[Load]) -> Scheduler:
         """Over an empty cache, with room for all the requests in its queue."""
         return Scheduler(
-            BlockPool(self.runner.num_blocks),
-            block_size=self.config.block_size,
+            BlockAllocator(
+                BlockPool(self.runner.num_blocks),
+                block_size=self.config.block_size,
+                enable_prefix_caching=self.config.enable_prefix_caching,
+            ),
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.runner.max_num_batched_tokens,
             max_num_queued_requests=len(loads),
             max_num_queued_tokens=sum(len(load.prompt_ids) for load in loads),
-            enable_prefix_caching=self.config.enable_prefix_caching,
         )
 
     def run(self, loads: list[Load]) -> Run:

@@ -79,11 +79,24 @@ def compare(
 
 
 @app.command()
-def scheduler() -> None:
-    """Host time of one schedule and update at 256 running requests."""
-    from pagoda.bench.scheduler import main
+def host(json_file: JsonFile = None) -> None:
+    """What a step of decodes costs the host, by phases, without a model; graph launches are not in it."""
+    from pagoda.bench.host import COUNTS, LOADS, PHASES, measure
 
-    main()
+    results = []
+    with _bar() as bar:
+        task = bar.add_task("decodes", total=len(LOADS) * len(COUNTS))
+        for load in LOADS:
+            for count in COUNTS:
+                results.append(measure(load, count))
+                bar.update(task, advance=1)
+    table = Table("µs a step", *(Column(f"{r.load}\n{r.requests}", justify="right") for r in results))
+    for phase in PHASES:
+        table.add_row(phase, *(f"{r.phases[phase]:.0f}" for r in results))
+    table.add_row("all", *(f"{r.step:.0f}" for r in results))
+    table.add_row("all, P99", *(f"{r.worst:.0f}" for r in results))
+    console.print(table)
+    _write(json_file, results)
 
 
 @app.command()

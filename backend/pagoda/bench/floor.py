@@ -9,14 +9,35 @@ from pagoda.bench.machine import Machine, matrices
 from pagoda.hf_config import HFConfig
 from pagoda.plan import Plan
 
+FP8_KINDS = ("fp8", "fp8_on_load")
+INT4_BYTES = 0.5 + 2.5 / 128
+"""Of a 4-bit weight, with its share of a group's scale and zero."""
+
 
 @dataclass(frozen=True, slots=True)
 class Floor:
     """Of a dense model; a step reads each weight once, and the cache of each of its requests once."""
 
     config: HFConfig
+    """With the quantisation that the engine adds, if any."""
     itemsize: int
+    """Bytes of a plain weight."""
+    cache_itemsize: int
     machine: Machine
+
+    @property
+    def body_itemsize(self) -> float:
+        """Bytes of a weight of the layers."""
+        if self.config.quantisation is None:
+            return self.itemsize
+        return 1 if self.config.quantisation.kind in FP8_KINDS else INT4_BYTES
+
+    @property
+    def body_rate(self) -> float:
+        """Operations a second in the products of the layers."""
+        quantisation = self.config.quantisation
+        is_fp8 = quantisation is not None and quantisation.kind in FP8_KINDS
+        return self.machine.fp8_rate or self.machine.matrix_rate if is_fp8 else self.machine.matrix_rate
 
     def seconds(self, plans: Iterable[Plan]) -> float:
         """Of all steps, each bound by its bytes or by its operations."""
@@ -29,7 +50,8 @@ class Floor:
         head = config.vocab_size * config.hidden_size
         contexts = sum(chunk.start + chunk.count for chunk in plan.chunks)
         seen = sum(chunk.count * chunk.start + chunk.count * (chunk.count + 1) // 2 for chunk in plan.chunks)
-        bytes_read = (body + head * (sampled > 0) + contexts * config.kv_elements_per_token) * self.itemsize
-        operations = 2 * (body * plan.num_tokens + head * sampled)
-        operations += 4 * config.num_layers * config.num_heads * config.head_dim * seen
-        return max(bytes_read / self.machine.bandwidth, operations / self.machine.matrix_rate)
+        bytes_read = body * self.body_itemsize + head * (sampled > 0) * self.itemsize
+        bytes_read += contexts * config.kv_elements_per_token * self.cache_itemsize
+        operations = 2 * head * sampled + 4 * config.num_layers * config.num_heads * config.head_dim * seen
+        seconds = 2 * body * plan.num_tokens / self.body_rate + operations / self.machine.matrix_rate
+        return max(bytes_read / self.machine.bandwidth, seconds)

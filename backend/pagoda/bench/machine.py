@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -24,6 +25,8 @@ class Machine(msgspec.Struct, frozen=True):
     bandwidth: float
     matrix_rate: float
     products: dict[int, float]
+    fp8_rate: float | None = None
+    """Operations a second in matrix products of 8-bit floats; None where the vendor's library has none."""
 
     def scale(self, rows: int) -> float:
         """How much longer this machine takes than the recorded one for the products of as many rows; 1 if unknown."""
@@ -32,7 +35,10 @@ class Machine(msgspec.Struct, frozen=True):
 
 def measure(config: HFConfig, dtype: torch.dtype, device: torch.device) -> Machine:
     rows = tuple(RECORDED_PRODUCTS) if device.type == "cuda" else ()
-    return Machine(measure_bandwidth(device), _matrix_rate(dtype, device), products(config, dtype, device, rows))
+    fp8_rate = _fp8_rate(device) if device.type == "cuda" else None
+    return Machine(
+        measure_bandwidth(device), _matrix_rate(dtype, device), products(config, dtype, device, rows), fp8_rate
+    )
 
 
 def measure_bandwidth(device: torch.device) -> float:
@@ -45,6 +51,14 @@ def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / best(lambda: a @ b, device)
+
+
+def _fp8_rate(device: torch.device) -> float:
+    size = 8192
+    a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+    work = partial(torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    return 2 * size**3 / best(work, device)
 
 
 def products(config: HFConfig, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> dict[int, float]:

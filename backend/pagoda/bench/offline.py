@@ -10,6 +10,7 @@ from pagoda.bench.alone import Alone, Run
 from pagoda.bench.floor import Floor
 from pagoda.bench.loads import Load, OfflineLoad
 from pagoda.bench.machine import Machine
+from pagoda.storage import choice
 
 LONG_SECONDS = 5.0
 """Loads that take longer are run once; the others twice, and the better run counts, as for the peer."""
@@ -41,7 +42,8 @@ def measure(
     engine: Alone, machine: Machine, loads: Sequence[OfflineLoad], *, peers: bool, done: Callable[[Result], None]
 ) -> list[Result]:
     """Run every load; `done` hears of each. `peers` says whether the model is the one the peer was measured with."""
-    floor = Floor(engine.model, engine.runner.dtype.itemsize, machine)
+    model = choice.resolve(engine.config.quantization, engine.model)
+    floor = Floor(model, engine.runner.dtype.itemsize, engine.runner.cache_dtype.itemsize, machine)
     results = []
     for load in loads:
         requests = load.make(engine.model.vocab_size)

@@ -86,9 +86,9 @@ class ClockedRunner(Runner):
         with self.clock.phase("launch: forward"):
             return super()._compute(layout)
 
-    def _draw(self, plan: Plan, hidden: torch.Tensor) -> Draw:
+    def _draw(self, plan: Plan, layout: Layout, hidden: torch.Tensor) -> Draw:
         with self.clock.phase("launch: logits, samples"):
-            return super()._draw(plan, hidden)
+            return super()._draw(plan, layout, hidden)
 
     def collect(self, launched: Launched) -> Collected:
         with self.clock.phase("collect (waits for the device)"):

@@ -3,7 +3,7 @@
     python -m pagoda.bench.sampler
 
 On the device that the engine would take. Every request of a step has the wish, which is the dearest case; a step whose
-requests have none pays for none.
+requests have none pays for none: plain greedy stands beside its floor, an argmax and its copy to the host.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pagoda_kernels
 import torch
 from numpy.typing import NDArray
 
+from pagoda import wishes
 from pagoda.plan import Chunk
 from pagoda.request import Request, Status
 from pagoda.runner import resolve_device
@@ -27,11 +28,12 @@ from pagoda.sampling_params import SamplingParams, Structure
 VOCABULARY = 49152
 PROMPT_TOKENS = 256
 OUTPUT_TOKENS = 128
+ROWS = (32, 256)
 SECONDS = 2.0
 """Spent on each figure, beside the warm-up."""
 
 WISHES = {
-    "greedy": SamplingParams(temperature=0),
+    "plain greedy": SamplingParams(temperature=0),
     "sampled": SamplingParams(),
     "top_p 0.9, top_k 50": SamplingParams(top_p=0.9, top_k=50),
     "greedy + penalties": SamplingParams(temperature=0, repetition_penalty=1.1, frequency_penalty=0.5),
@@ -89,19 +91,31 @@ def measure(rows: int, params: SamplingParams, device: torch.device) -> float:
     """The median time of a step, seconds."""
     sampler = Sampler(pagoda_kernels.for_device(device), device, VOCABULARY)
     chunks = make_chunks(rows, params)
+    asked = wishes.of(chunk.request for chunk in chunks)
     logits = torch.randn(rows, VOCABULARY, device=device) * 3
     return statistics.median(
-        durations(lambda fresh: sampler.collect(sampler.launch(chunks, fresh), None), logits),
+        durations(lambda fresh: sampler.collect(sampler.launch(chunks, asked, fresh), None), logits),
     )
+
+
+@torch.inference_mode()
+def measure_argmax(rows: int, device: torch.device) -> float:
+    """The median time of nothing but the largest logits' ids on the host, seconds."""
+    logits = torch.randn(rows, VOCABULARY, device=device) * 3
+    return statistics.median(durations(lambda fresh: fresh.argmax(dim=-1).tolist(), logits))
 
 
 def main() -> None:
     """Print the median milliseconds of a step for steps of 32 and of 256 requests."""
     device = resolve_device("auto")
-    print(f"{'every request':26}" + "".join(f"{f'{rows} rows':>12}" for rows in (32, 256)) + "   ms")
+    print(f"{'every request':26}" + "".join(f"{f'{rows} rows':>12}" for rows in ROWS) + "   ms")
+    _print("argmax alone", [measure_argmax(rows, device) for rows in ROWS])
     for name, params in WISHES.items():
-        figures = (measure(rows, params, device) for rows in (32, 256))
-        print(f"{name:26}" + "".join(f"{figure * 1e3:12.2f}" for figure in figures), flush=True)
+        _print(name, [measure(rows, params, device) for rows in ROWS])
+
+
+def _print(name: str, seconds: list[float]) -> None:
+    print(f"{name:26}" + "".join(f"{figure * 1e3:12.2f}" for figure in seconds), flush=True)
 
 
 if __name__ == "__main__":

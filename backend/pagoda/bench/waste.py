@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from pagoda.allocation import BlockAllocator
 from pagoda.bench.alone import requests
 from pagoda.bench.loads import mixed
 from pagoda.block_pool import BlockPool
@@ -21,13 +22,11 @@ def mean_waste(*, count: int = 1000, max_num_seqs: int = 256, block_size: int = 
     loads = mixed(count, inputs=(64, 1024), outputs=(32, 512), vocab_size=50_000)
     pool = BlockPool(max_num_seqs * (1024 + 512) // block_size)
     scheduler = Scheduler(
-        pool,
-        block_size=block_size,
+        BlockAllocator(pool, block_size=block_size, enable_prefix_caching=True),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=8192,
         max_num_queued_requests=count,
         max_num_queued_tokens=sum(len(load.prompt_ids) for load in loads),
-        enable_prefix_caching=True,
     )
     for request in requests(loads):
         scheduler.add(request)

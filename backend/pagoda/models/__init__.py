@@ -21,6 +21,7 @@ from pagoda.models.phi3 import Phi3ForCausalLM
 from pagoda.models.qwen2 import Qwen2ForCausalLM
 from pagoda.models.qwen3 import Qwen3ForCausalLM
 from pagoda.models.qwen3_moe import Qwen3MoeForCausalLM
+from pagoda.storage import choice
 
 log = logging.getLogger("pagoda.models")
 
@@ -54,7 +55,10 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
 
 
 def build(config: HFConfig, ops: Ops) -> LlamaForCausalLM:
-    """The model, on the current default device and dtype. Raises CheckpointError for an unknown architecture."""
+    """The model in the current default dtype, on the meta device: `weights` or `dummy_weights` give it its memory.
+
+    Raises CheckpointError for an unknown architecture, and for matrices that cannot be stored as config.json says.
+    """
     architecture = ARCHITECTURES.get(config.architecture)
     if architecture is None:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -62,4 +66,7 @@ def build(config: HFConfig, ops: Ops) -> LlamaForCausalLM:
         raise CheckpointError(f"architecture {config.architecture!r} is not known; known ones: {known}{own}")
     if config.has_own_code:
         log.info("config.json points at code of its own (auto_map), which is not run: %s is built in", architecture)
-    return architecture(config, ops)
+    with torch.device("meta"):
+        model = architecture(config, ops)
+        choice.store(model, config.quantisation, model.tied)
+    return model

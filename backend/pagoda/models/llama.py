@@ -14,6 +14,7 @@ from torch import nn
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
 from pagoda.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotary
+from pagoda.storage.scheme import Tied
 
 
 class LlamaAttention(nn.Module):
@@ -99,7 +100,7 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, ops)
         self.tied: dict[str, str] = {}
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.store_as(Tied(self.model.embed_tokens))
             self.tied = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def forward(self, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:

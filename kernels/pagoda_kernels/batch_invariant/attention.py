@@ -24,21 +24,16 @@ def paged_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Tensor:
-    """See PagedAttention. A query's bits depend on it and on its request's keys and values up to it alone.
-
-    Raises ValueError for a cache in another dtype than q's.
-    """
-    if k_cache.dtype != q.dtype:
-        raise ValueError(f"a cache in {k_cache.dtype} for queries in {q.dtype}: batch invariance needs one dtype")
+    """See PagedAttention. A query's bits depend on it and on its request's keys and values up to it alone."""
     if len(q) == 0:
         return torch.empty(q.shape, dtype=q.dtype)
     _, block_size, num_kv_heads, head_size = k_cache.shape
-    shape = Shape(block_size, q.shape[1], num_kv_heads, head_size, k_cache.dtype, window)
+    shape = Shape(block_size, q.shape[1], num_kv_heads, head_size, q.dtype, window)
     plan = batch.prepare(make_plan, shape)
     queries = _arrange(q, plan, shape)
     attended = torch.empty_like(queries)
     for group in plan.groups:
-        keys, values = (_gather(cache, group) for cache in (k_cache, v_cache))
+        keys, values = (_gather(cache, group, q.dtype) for cache in (k_cache, v_cache))
         attend = _attend_capped if softcap else _attend
         attended[group.tiles] = attend(queries[group.tiles], keys, values, group.mask, scale * k_scale, softcap)
     out = _arrange_back(attended, plan, shape)
@@ -58,9 +53,9 @@ def _arrange_back(attended: Tensor, plan: Plan, shape: Shape) -> Tensor:
     return placed.reshape(-1, shape.num_heads, shape.head_size).index_select(0, plan.places)
 
 
-def _gather(cache: Tensor, group: Group) -> Tensor:
-    """[S, Hkv, L, D]."""
-    rows = cache.flatten(0, 1).index_select(0, group.slots)
+def _gather(cache: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """[S, Hkv, L, D]. From 8-bit floats this is exact."""
+    rows = cache.flatten(0, 1).index_select(0, group.slots).to(dtype)
     return rows.view(-1, group.mask.shape[-1], *cache.shape[2:]).transpose(1, 2)
 
 

@@ -1,12 +1,14 @@
 """The published layouts of 4-bit weights, and our own quantiser.
 
-Both pack eight codes into an int32, four bits each, the first in the lowest bits; scales are float16 [in / 128, out].
+All pack eight codes into an int32, four bits each, the first in the lowest bits.
 
 - AWQ (Lin et al. 2023, arXiv:2306.00978; the "GEMM" version of its checkpoints): eight outputs to an int32, in the
-  order 0 2 4 6 1 3 5 7. qweight [in, out / 8], qzeros [in / 128, out / 8].
+  order 0 2 4 6 1 3 5 7. qweight [in, out / 8], qzeros [in / 128, out / 8], scales float16 [in / 128, out].
 - GPTQ (Frantar et al. 2022, arXiv:2210.17323; checkpoint_format "gptq"): eight inputs to an int32, in their order.
   qweight [in / 8, out]; qzeros [in / 128, out / 8] hold zero - 1, modulo 16, eight outputs in their order; g_idx [in]
-  names the group of each input.
+  names the group of each input; scales as AWQ's.
+- compressed-tensors' format "pack-quantized": weight_packed [out, in / 8], eight inputs in their order; weight_scale
+  [out, in / 128]; weight_zero_point [out / 8, in / 128], eight outputs in their order, or none where all zeros are 8.
 """
 
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from . import GROUP, Int4Weight
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
+_NO_ZERO = 8
+"""The code of 0 in a layout without zeros: the codes are a signed number's, moved by 8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,15 @@ class PublishedInt4:
     scales: Tensor
     g_idx: Tensor | None = None
     """GPTQ's alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedInt4:
+    """The tensors of a matrix in compressed-tensors' layout; see this module for their shapes."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
 
 
 def quantise(weight: Tensor) -> Int4Weight:
@@ -82,6 +95,24 @@ def from_gptq(published: PublishedInt4) -> Int4Weight:
         zeros.to(torch.uint8).T.contiguous(),
         published.scales.half().T.contiguous(),
     )
+
+
+def to_pack_quantised(weight: Int4Weight, *, zeros: bool = True) -> PackedInt4:
+    """Return the weight in compressed-tensors' layout. Raises ValueError if it has other zeros than 8 without zeros."""
+    if not zeros and bool((weight.zeros != _NO_ZERO).any()):
+        raise ValueError(f"zeros: without a tensor of them all are {_NO_ZERO}: pack them, too")
+    packed_zeros = _pack(weight.zeros.T, _IN_ORDER).T.contiguous() if zeros else None
+    return PackedInt4(_pack(weight.codes, _IN_ORDER), weight.scales, packed_zeros)
+
+
+def from_pack_quantised(packed: PackedInt4) -> Int4Weight:
+    """Read compressed-tensors' layout."""
+    scales = packed.weight_scale.half().contiguous()
+    if packed.weight_zero_point is None:
+        zeros = torch.full(scales.shape, _NO_ZERO, dtype=torch.uint8, device=scales.device)
+    else:
+        zeros = _unpack(packed.weight_zero_point.T, _IN_ORDER).T.contiguous()
+    return Int4Weight(_unpack(packed.weight_packed, _IN_ORDER), zeros, scales)
 
 
 def _pack(codes: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ __all__ = ["Sample", "SamplingBatch", "uniform"]
 
 class Sample(Protocol):
     def __call__(self, logits: Tensor, params: SamplingBatch) -> Tensor:
-        """Return token ids, [R] int64, for logits [R, V] float32 (not changed; -inf marks a forbidden token).
+        """Return token ids, [R] int64, for logits [R, V] of any float type (not changed; -inf: a forbidden token).
 
         The steps for a row are those of vLLM and of transformers, in their order; p is the softmax of what is left:
 
@@ -23,7 +23,8 @@ class Sample(Protocol):
 
         Equal logits share their fate in 2 to 4, so more than k tokens can be kept, and the kept set does not depend on
         any sorting order; logits that float32 arithmetic cannot tell apart may count as equal. The most probable
-        token is always kept.
+        token is always kept. Logits of 16 bits give the tokens of the same numbers in float32, but for the
+        rounding of sums.
 
         The token is the first id, in the order of the vocabulary, at which the cumulative mass of the kept tokens
         exceeds u = uniform(seed, position). So (seed, position, logits, parameters) give the same token in any batch.

@@ -26,6 +26,7 @@ def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
         return greedy
     hot = params.temperature > 0
     temperature = torch.where(hot, params.temperature, 1).unsqueeze(1)
+    logits = logits.float()
     weights = logits.sub(logits.gather(1, greedy.unsqueeze(1))).div_(temperature).exp_()
     floor = _floor(weights, params, hot)
     if floor is not None:

@@ -25,7 +25,7 @@ from .pick import pick_kernel
 from .search import search_kernel
 from .tiles import largest_kernel, tiles_kernel
 
-# Groups of neighbours; 128 bytes each.
+# Groups of neighbours; 128 bytes each in float32.
 _GROUP = 32
 # Groups of a tile: 4096 logits, 32 a thread with 4 warps, in 16-byte loads.
 _TILE_GROUPS = 128

@@ -61,7 +61,7 @@ def count_kernel(
     counts = tl.zeros((BINS,), tl.int32)
     for tile in range(segment * SEGMENT, min((segment + 1) * SEGMENT, NUM_TILES)):
         token = tile * TILE + tl.arange(0, TILE)
-        x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf"))
+        x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
         inside = (x >= bottom) & (x <= top)
         place = 1 + (tl.where(inside, x - bottom, 0.0) * (1 / width)).to(tl.int32)
         place = tl.minimum(tl.maximum(place, 1), BINS - 2)
@@ -142,7 +142,7 @@ def collect_kernel(
     bottom, top = from_order_key(tl.load(bracket_ptr + row * 2)), from_order_key(tl.load(bracket_ptr + row * 2 + 1))
     for tile in range(segment * SEGMENT, min((segment + 1) * SEGMENT, NUM_TILES)):
         token = tile * TILE + tl.arange(0, TILE)
-        x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf"))
+        x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
         heavy = tl.where(x > top, tl.exp((x - largest) * (1 / temperature)), 0.0)
         tl.store(above_ptr + row * NUM_TILES + tile, tl.sum(heavy, 0))
         candidate = (x >= bottom) & (x <= top) & (token < VOCABULARY)
@@ -220,7 +220,7 @@ def finish_kernel(
     share = tl.minimum(share, total * (1 - 2.220446049250313e-16))  # below the total also where it was rounded up
     chosen_tile, before = _first_tile(above, owners, weights, share, NUM_TILES, TILES_PADDED)
     token = chosen_tile * TILE + tl.arange(0, TILE)
-    x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf"))
+    x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
     kept_weights = tl.where(order_key(x) >= threshold, softmax_weights(x, largest, temperature), 0.0).to(tl.float64)
     chosen, _ = first_above(kept_weights, share - before, TILE)
     tl.store(out_ptr + row, tl.minimum(chosen_tile * TILE + chosen, VOCABULARY - 1).to(tl.int64))

@@ -71,7 +71,7 @@ def pick_kernel(
         target = u * mass
         tile_index, before = first_above(tile_weights, target, TILES_PADDED)
         token = tile_index * TILE + tl.arange(0, TILE)
-        x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf"))
+        x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
         weights = softmax_weights(x, largest, temperature).to(tl.float64)
         chosen, _ = first_above(weights, target - before, TILE)
         chosen = tl.minimum(tile_index * TILE + chosen, VOCABULARY - 1)
@@ -99,7 +99,7 @@ def pick_kernel(
         index = tl.arange(0, PICKED * GROUP)
         inside = index // GROUP < num_chosen
         token = tl.load(picked_ptr + row * PICKED + index // GROUP, inside, other=0) * GROUP + index % GROUP
-        x = tl.load(row_ptr + token, inside & (token < VOCABULARY), other=float("-inf"))
+        x = tl.load(row_ptr + token, inside & (token < VOCABULARY), other=float("-inf")).to(tl.float32)
         keys = order_key(x)
         candidate = inside & (token < VOCABULARY) & (keys >= floor)
         weights = tl.where(candidate, softmax_weights(x, largest, temperature), 0.0)

@@ -31,7 +31,7 @@ def _search_key(
         sums = tl.zeros((TILE, WAYS), tl.float32)
         for start in range(0, VOCABULARY, TILE):
             token = start + tl.arange(0, TILE)
-            x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf"))
+            x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
             if COUNT:
                 weights = tl.where(token < VOCABULARY, 1.0, 0.0)
             else:
@@ -84,7 +84,7 @@ def search_kernel(
         sums = tl.zeros((TILE,), tl.float64)
         for start in range(0, VOCABULARY, TILE):
             token = start + tl.arange(0, TILE)
-            x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf"))
+            x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
             sums += tl.where(order_key(x) >= threshold, softmax_weights(x, largest, temperature), 0.0).to(tl.float64)
         mass = tl.sum(sums, 0)
     if top_p < 1:
@@ -100,7 +100,7 @@ def search_kernel(
     sums = tl.zeros((TILE,), tl.float64)
     for start in range(0, VOCABULARY, TILE):
         token = start + tl.arange(0, TILE)
-        x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf"))
+        x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
         kept = (order_key(x) >= threshold) & ((x - largest) / temperature >= log_min_p)
         sums += tl.where(kept, softmax_weights(x, largest, temperature), 0.0).to(tl.float64)
     target = u * tl.sum(sums, 0)
@@ -110,7 +110,7 @@ def search_kernel(
     start = highest * 0
     while (drawn < 0) & (start < VOCABULARY):
         token = start + tl.arange(0, TILE)
-        x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf"))
+        x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
         kept = (order_key(x) >= threshold) & ((x - largest) / temperature >= log_min_p)
         weights = tl.where(kept, softmax_weights(x, largest, temperature), 0.0).to(tl.float64)
         cumulative = before + tl.cumsum(weights, 0)

@@ -28,7 +28,7 @@ def tiles_kernel(
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group = tile * GROUPS + tl.arange(0, GROUPS)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf"))
+    x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
     maxima = tl.max(x, 1)
     largest = tl.max(maxima, 0)
     lowest = tl.min(tl.min(tl.where(x == largest, token, VOCABULARY - 1), 1), 0)

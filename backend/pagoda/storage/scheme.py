@@ -1,0 +1,84 @@
+"""How a matrix is stored: which tensors the checkpoint holds for it, and the product that they become.
+
+A `Linear` has a scheme and does not ask which. The schemes are here (plain numbers, another layer's numbers), in fp8.py
+and in int4.py; choice.py gives each matrix its own, by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from pagoda_kernels import Ops
+from torch import Tensor, nn
+
+
+class Product(Protocol):
+    def __call__(self, x: Tensor, *, bias: Tensor | None) -> Tensor:
+        """x [T, in] to [T, out]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A tensor that the checkpoint holds for a matrix."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    outputs: int | None
+    """The dimension that runs along the outputs, where matrices are joined; None: each keeps its own tensor."""
+    default: float | None = None
+    """What the checkpoint means when it leaves the tensor out; None: it must be there."""
+
+
+class Scheme(Protocol):
+    """Of one Linear, which may join several of the checkpoint's matrices by their outputs."""
+
+    def fields(self, out_features: int, in_features: int) -> dict[str, Field]:
+        """The tensors of a matrix by their last name. Raises ValueError for sizes that cannot be stored so."""
+        ...
+
+    def make_up(self, tensors: Mapping[str, Tensor], deviation: float, generator: torch.Generator) -> None:
+        """Fill the tensors at random, so that the matrix's numbers have this standard deviation."""
+        ...
+
+    def pack(self, tensors: Mapping[str, Tensor], parts: Sequence[int], ops: Ops) -> Product:
+        """The product of the joined matrix, whose parts have these outputs.
+
+        A tensor is joined along its outputs; one that has none is stacked by parts. Raises ValueError for contents that
+        the operations cannot take.
+        """
+        ...
+
+
+class Plain:
+    """Numbers of the model's type."""
+
+    def fields(self, out_features: int, in_features: int) -> dict[str, Field]:
+        return {"weight": Field((out_features, in_features), torch.get_default_dtype(), 0)}
+
+    def make_up(self, tensors: Mapping[str, Tensor], deviation: float, generator: torch.Generator) -> None:
+        tensors["weight"].normal_(0.0, deviation, generator=generator)
+
+    def pack(self, tensors: Mapping[str, Tensor], parts: Sequence[int], ops: Ops) -> Product:
+        return partial(ops.linear, packed=ops.pack_linear(tensors["weight"]))
+
+
+class Tied:
+    """The numbers of another layer's weight [out, in], which must be there when this one is prepared."""
+
+    def __init__(self, source: nn.Module) -> None:
+        self._source = source
+
+    def fields(self, out_features: int, in_features: int) -> dict[str, Field]:
+        return {}
+
+    def make_up(self, tensors: Mapping[str, Tensor], deviation: float, generator: torch.Generator) -> None:
+        pass
+
+    def pack(self, tensors: Mapping[str, Tensor], parts: Sequence[int], ops: Ops) -> Product:
+        weight = self._source.weight
+        assert isinstance(weight, nn.Parameter)
+        return partial(ops.linear, packed=ops.pack_linear(weight.data))
