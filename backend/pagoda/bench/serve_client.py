@@ -1,7 +1,7 @@
 """An HTTP/1.1 client for many streams at once: httptools over asyncio's protocols, which is all that a token costs.
 
-A read is stamped when the event loop hands it over, before it is parsed. General clients spend two to nine times as
-much on a chunk (docs/performance.md), and would be measured instead of the server.
+A read is stamped when the event loop hands it over, before it is parsed. General clients spend several times as much on
+a chunk, and would be measured instead of the server.
 """
 
 from __future__ import annotations
