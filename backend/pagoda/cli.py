@@ -242,7 +242,7 @@ def chat(
 ) -> None:
     """Talk to a running server; an empty line or Ctrl-D ends."""
     with clear_errors():
-        name = model or _first_model(url, api_key)
+        name = model or openai_stream.first_model(url, api_key)
         console.print(f"{name} at {url}; an empty line ends\n")
         messages: list[dict[str, str]] = []
         while question := _ask():
@@ -254,13 +254,6 @@ def chat(
                 answer += piece
             console.print("\n")
             messages.append({"role": "assistant", "content": answer})
-
-
-def _first_model(url: str, api_key: str | None) -> str:
-    models = openai_stream.get_json(f"{url}/v1/models", api_key)["data"]
-    if not models:
-        raise openai_stream.ServerError("the server has no model loaded: `pagoda load NAME`")
-    return str(models[0]["id"])
 
 
 def _ask() -> str:

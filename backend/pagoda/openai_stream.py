@@ -20,6 +20,14 @@ def get_json(url: str, api_key: str | None = None) -> Any:
         return json.load(response)
 
 
+def first_model(url: str, api_key: str | None = None) -> str:
+    """The first of /v1/models. Raises ServerError."""
+    models = get_json(f"{url}/v1/models", api_key)["data"]
+    if not models:
+        raise ServerError(f"the server at {url} has no model loaded; Pagoda loads one by `pagoda load NAME`")
+    return str(models[0]["id"])
+
+
 def stream_chat(
     url: str, model: str, messages: list[dict[str, str]], *, api_key: str | None = None, **parameters: Any
 ) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pagoda.bench.serve_client import Client
 from pagoda.bench.serve_figures import Latencies, Result, summarise
 from pagoda.bench.serve_stream import Answer
 from pagoda.errors import ConfigError
-from pagoda.openai_stream import ServerError, get_json
+from pagoda.openai_stream import ServerError
 
 LOAD_SETS = {"cpu": CPU_LOADS, "gpu": GPU_LOADS + HTTP_LOADS}
 
@@ -69,14 +69,6 @@ def _typed(name: str) -> str:
     for sign, ascii_sign in (("×", "x"), ("→", "->"), ("…", ".."), (" ", "")):
         name = name.replace(sign, ascii_sign)
     return name
-
-
-def first_model(url: str, api_key: str | None) -> str:
-    """The first of /v1/models. Raises ServerError."""
-    models = get_json(f"{url}/v1/models", api_key)["data"]
-    if not models:
-        raise ServerError(f"the server at {url} has no model loaded")
-    return str(models[0]["id"])
 
 
 def unseen(requests: Sequence[Load], vocab_size: int, seed: int | str) -> list[Load]:

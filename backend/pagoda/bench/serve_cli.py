@@ -64,8 +64,9 @@ def serve(
     plot: Annotated[Path | None, typer.Option(help="TTFT and ITL as cumulative curves: .png, .svg, .pdf.")] = None,
 ) -> None:
     """Any OpenAI-compatible server through HTTP, streamed and greedy, under the loads of `offline`."""
-    from pagoda.bench.serve import Target, chosen, first_model
+    from pagoda.bench.serve import Target, chosen
     from pagoda.bench.serve_client import root
+    from pagoda.openai_stream import first_model
 
     try:
         draw, url = _plotter(plot), root(url)
