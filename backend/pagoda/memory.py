@@ -57,8 +57,11 @@ class Share:
         return min(self.limit - self.used, self._free()) - idle - reserve - SLACK_BYTES
 
     def close(self) -> None:
-        """Hold torch's allocator to the share: beyond it, it gives unused memory back before it asks for more."""
-        outside = self.used - torch.cuda.memory_reserved(self._device)
+        """Hold torch's allocator to the share: beyond it, it gives unused memory back before it asks for more.
+
+        What others on the GPU give back meanwhile looks like memory of our own: at worst nothing is held back.
+        """
+        outside = max(0, self.used - torch.cuda.memory_reserved(self._device))
         torch.cuda.set_per_process_memory_fraction(max(0.0, (self.limit - outside) / self.total), self._device)
 
     def _free(self) -> int:

@@ -21,7 +21,7 @@ from pagoda.storage import choice
 from typer.testing import CliRunner
 
 HIDDEN, INNER, LAYERS, VOCAB, KV = 64, 96, 2, 300, 32
-LIMITS = Machine(bandwidth=1e9, matrix_rate=1e10, products={64: 2 * 4.33})
+LIMITS = Machine(bandwidth=1e9, matrix_rate=1e10, products={})
 
 
 @pytest.fixture
@@ -44,10 +44,12 @@ def test_a_load_runs_to_its_last_token_and_is_set_beside_the_peer(folder: Path, 
     load = loads.OfflineLoad(
         "5 × 9 → 7",
         lambda size: loads.mixed(5, inputs=(9, 9), outputs=(7, 7), vocab_size=size),
-        loads.Peer(3.0, 64),
+        3.0,
     )
+    peers = machine.PEERS_GPU
+    half = Machine(peers.bandwidth / 2, peers.matrix_rate / 2, {rows: 2 * ms for rows, ms in peers.products.items()})
     heard: list[offline.Result] = []
-    (result,) = offline.measure(Alone(settings, folder), LIMITS, [load], peers=True, done=heard.append)
+    (result,) = offline.measure(Alone(settings, folder), half, [load], peers=True, done=heard.append)
     assert heard == [result]
     assert (result.input_tokens, result.output_tokens, result.steps, result.preemptions) == (45, 35, 7, 0)
     assert result.peer_seconds == pytest.approx(6.0)
@@ -143,4 +145,9 @@ def test_what_the_machine_can_do_is_measured_on_a_cpu(folder: Path, settings: En
     found = machine.measure(engine.model, engine.runner.dtype, engine.runner.device)
     assert found.bandwidth > 1e8
     assert found.matrix_rate > 1e8
-    assert found.scale(64) == 1.0
+    assert found.products == {}
+
+
+def test_products_of_other_rows_lie_between_the_measured_ones_or_in_proportion_beyond() -> None:
+    limits = Machine(bandwidth=1, matrix_rate=1, products={1: 4.0, 3: 8.0})
+    assert [limits.product_seconds(rows) for rows in (1, 2, 3, 9)] == pytest.approx([4e-3, 6e-3, 8e-3, 24e-3])

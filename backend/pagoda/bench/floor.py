@@ -43,15 +43,31 @@ class Floor:
         """Of all steps, each bound by its bytes or by its operations."""
         return sum(self._step(plan) for plan in plans)
 
+    def library_seconds(self, plans: Iterable[Plan]) -> float:
+        """The same steps by the vendor's matrix products, with attention at its floor.
+
+        Whoever runs on the same libraries takes longer on another machine about as this does.
+        """
+        return sum(self.machine.product_seconds(plan.num_tokens) + self._attention(plan) for plan in plans)
+
     def _step(self, plan: Plan) -> float:
         config = self.config
         body = config.num_layers * sum(rows * columns for rows, columns in matrices(config))
         sampled = sum(chunk.samples for chunk in plan.chunks)
         head = config.vocab_size * config.hidden_size
-        contexts = sum(chunk.start + chunk.count for chunk in plan.chunks)
-        seen = sum(chunk.count * chunk.start + chunk.count * (chunk.count + 1) // 2 for chunk in plan.chunks)
-        bytes_read = body * self.body_itemsize + head * (sampled > 0) * self.itemsize
-        bytes_read += contexts * config.kv_elements_per_token * self.cache_itemsize
-        operations = 2 * head * sampled + 4 * config.num_layers * config.num_heads * config.head_dim * seen
+        bytes_read = body * self.body_itemsize + head * (sampled > 0) * self.itemsize + self._cache_bytes(plan)
+        operations = 2 * head * sampled + self._attention_operations(plan)
         seconds = 2 * body * plan.num_tokens / self.body_rate + operations / self.machine.matrix_rate
         return max(bytes_read / self.machine.bandwidth, seconds)
+
+    def _attention(self, plan: Plan) -> float:
+        seconds = self._attention_operations(plan) / self.machine.matrix_rate
+        return max(self._cache_bytes(plan) / self.machine.bandwidth, seconds)
+
+    def _cache_bytes(self, plan: Plan) -> int:
+        contexts = sum(chunk.start + chunk.count for chunk in plan.chunks)
+        return contexts * self.config.kv_elements_per_token * self.cache_itemsize
+
+    def _attention_operations(self, plan: Plan) -> int:
+        seen = sum(chunk.count * chunk.start + chunk.count * (chunk.count + 1) // 2 for chunk in plan.chunks)
+        return 4 * self.config.num_layers * self.config.num_heads * self.config.head_dim * seen

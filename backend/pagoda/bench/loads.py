@@ -40,21 +40,13 @@ def shared(count: int, *, prefix: int, own: int, output: int, vocab_size: int, s
 
 
 @dataclass(frozen=True)
-class Peer:
-    """What vLLM took for the same load, its best of two runs, on another machine of the kind."""
-
-    seconds: float
-    rows: int
-    """Rows of the matrix products that bound the load; their times scale the peer's from its machine to this one."""
-
-
-@dataclass(frozen=True)
 class OfflineLoad:
     name: str
     """Requests × input → output tokens."""
     make: Callable[[int], list[Load]]
     """The requests, for a vocabulary's size."""
-    peer: Peer | None = None
+    peers_seconds: float | None = None
+    """What vLLM took for it, its best of two runs, on a machine of its own."""
     at_once: int | None = None
     """Most requests that a client has on their way at once; None: no bound."""
 
@@ -64,21 +56,21 @@ def _equal(count: int, length: int, output: int) -> Callable[[int], list[Load]]:
 
 
 GPU_LOADS = (
-    OfflineLoad("1 × 128 → 256", _equal(1, 128, 256), Peer(256 / 204, 1)),
-    OfflineLoad("64 × 128 → 256", _equal(64, 128, 256), Peer(64 * 256 / 9448, 64)),
-    OfflineLoad("256 × 128 → 256", _equal(256, 128, 256), Peer(256 * 256 / 18344, 256)),
-    OfflineLoad("64 × 2048 → 1", _equal(64, 2048, 1), Peer(64 * 2048 / 42478, 1024)),
+    OfflineLoad("1 × 128 → 256", _equal(1, 128, 256), 256 / 204),
+    OfflineLoad("64 × 128 → 256", _equal(64, 128, 256), 64 * 256 / 9448),
+    OfflineLoad("256 × 128 → 256", _equal(256, 128, 256), 256 * 256 / 18344),
+    OfflineLoad("64 × 2048 → 1", _equal(64, 2048, 1), 64 * 2048 / 42478),
     OfflineLoad(
         "1000 × 64…1024 → 32…512",
         lambda vocab_size: mixed(1000, inputs=(64, 1024), outputs=(32, 512), vocab_size=vocab_size),
-        Peer(30.5, 256),
+        30.5,
     ),
     OfflineLoad(
         "512 × (1024 shared + 64) → 64",
         lambda vocab_size: shared(512, prefix=1024, own=64, output=64, vocab_size=vocab_size),
-        Peer(2.90, 256),
+        2.90,
     ),
-    OfflineLoad("32 × 8000 → 128", _equal(32, 8000, 128), Peer(8.33, 1024)),
+    OfflineLoad("32 × 8000 → 128", _equal(32, 8000, 128), 8.33),
 )
 """The peer's figures are those of Llama-3.1-8B's shapes in bfloat16 on an H200 (vLLM 0.26.0, its defaults)."""
 
@@ -86,9 +78,9 @@ HTTP_LOADS = (OfflineLoad("1000 × 512 → 128 at 256", _equal(1000, 512, 128), 
 """For a GPU behind HTTP only: the engine alone gets all its requests at once."""
 
 CPU_LOADS = (
-    OfflineLoad("1 × 64 → 64", _equal(1, 64, 64), Peer(64 / 15.5, 1)),
-    OfflineLoad("8 × 64 → 64", _equal(8, 64, 64), Peer(8 * 64 / 73.9, 8)),
-    OfflineLoad("32 × 64 → 64", _equal(32, 64, 64), Peer(32 * 64 / 130.8, 32)),
+    OfflineLoad("1 × 64 → 64", _equal(1, 64, 64), 64 / 15.5),
+    OfflineLoad("8 × 64 → 64", _equal(8, 64, 64), 8 * 64 / 73.9),
+    OfflineLoad("32 × 64 → 64", _equal(32, 64, 64), 32 * 64 / 130.8),
     OfflineLoad(
         "32 × 16…256 → 32…256",
         lambda vocab_size: mixed(32, inputs=(16, 256), outputs=(32, 256), vocab_size=vocab_size),

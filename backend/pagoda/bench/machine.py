@@ -8,14 +8,12 @@ from functools import partial
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 import torch
 
 from pagoda.hf_config import HFConfig
 
 T = TypeVar("T")
-
-RECORDED_PRODUCTS = {1: 4.10, 16: 4.18, 64: 4.33, 128: 4.71, 256: 6.86, 512: 11.98, 1024: 24.1}
-"""Rows to milliseconds of `products` for Llama-3.1-8B in bfloat16, on the H200 where the peer was measured."""
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -28,13 +26,23 @@ class Machine(msgspec.Struct, frozen=True):
     fp8_rate: float | None = None
     """Operations a second in matrix products of 8-bit floats; None where the vendor's library has none."""
 
-    def scale(self, rows: int) -> float:
-        """How much longer this machine takes than the recorded one for the products of as many rows; 1 if unknown."""
-        return self.products[rows] / RECORDED_PRODUCTS[rows] if rows in self.products else 1.0
+    def product_seconds(self, rows: int) -> float:
+        """Of the model's matrices, between the measured rows by interpolation, beyond them in proportion."""
+        known = sorted(self.products)
+        beyond = max(1.0, rows / known[-1])
+        return beyond * float(np.interp(rows, known, [self.products[count] for count in known])) / 1e3
+
+
+PEERS_GPU = Machine(
+    bandwidth=4.24e12,
+    matrix_rate=785e12,
+    products={1: 4.10, 16: 4.18, 64: 4.33, 128: 4.71, 256: 6.86, 512: 11.98, 1024: 24.1},
+)
+"""The H200 on which the GPU's peer was measured, with Llama-3.1-8B's matrices in bfloat16."""
 
 
 def measure(config: HFConfig, dtype: torch.dtype, device: torch.device) -> Machine:
-    rows = tuple(RECORDED_PRODUCTS) if device.type == "cuda" else ()
+    rows = tuple(PEERS_GPU.products) if device.type == "cuda" else ()
     fp8_rate = _fp8_rate(device) if device.type == "cuda" else None
     return Machine(
         measure_bandwidth(device), _matrix_rate(dtype, device), products(config, dtype, device, rows), fp8_rate
