@@ -68,12 +68,14 @@ class StepGraph:
         self._inputs = views(self._array, shape)
         self._make = batch_maker(self._inputs, shape, rows, block_size)
 
+    def call(self, forward: Forward) -> None:
+        """Run the step without the graph."""
+        forward(self._make())
+
     def capture(
         self, forward: Forward, output: torch.Tensor, pool: torch.cuda._POOL_HANDLE, stream: torch.cuda.Stream
     ) -> None:
         """Record forward's kernels, ending with a copy of the hidden states to the first rows of `output`."""
-        forward(self._make())  # compiles kernels, and gives libraries their work space
-        torch.cuda.synchronize(self._array.device)
         with torch.cuda.stream(stream):
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
@@ -109,6 +111,11 @@ class StepGraphs:
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def call(self, shapes: Iterable[Shape]) -> None:
+        """Run each shape's operations once, without a graph: for `compiling_ahead`."""
+        for shape in shapes:
+            StepGraph(shape, self._rows, self._block_size, self._device).call(self._forward)
 
     def capture(self, shapes: Iterable[Shape]) -> float:
         """Capture a graph for each shape, in addition to those there are; returns the seconds it took."""

@@ -16,9 +16,6 @@ import torch
 
 from pagoda.config import EngineConfig, runtime_dir
 from pagoda.errors import ConfigError
-from pagoda.plan import Chunk, Plan
-from pagoda.request import Request, Status
-from pagoda.sampling_params import MAX_LOGPROBS, SamplingParams
 
 log = logging.getLogger("pagoda.memory")
 
@@ -97,24 +94,3 @@ def check_fits(num_blocks: int, max_model_len: int, block_size: int) -> None:
             f"{needed}: lower max_model_len to {max(0, num_blocks) * block_size}, or raise gpu_memory_utilization on a "
             "GPU, kv_cache_gib (num_kv_blocks) on a CPU"
         )
-
-
-def largest_steps(max_num_seqs: int, budget: int, max_model_len: int, block_size: int) -> Iterator[Plan]:
-    """The steps that take the most memory: of as many requests as there can be, and of one as long as it can be.
-
-    They use block 0 alone, and every parameter of sampling that takes memory.
-    """
-    for count in (min(max_num_seqs, budget), 1):
-        length = min(budget // count, max_model_len)
-        requests = [_request(i, length, block_size) for i in range(count)]
-        yield Plan(0, [Chunk(request, 0, length, True, False, 0) for request in requests])
-        for request in requests:
-            request.status = Status.FINISHED
-
-
-def _request(key: int, length: int, block_size: int) -> Request:
-    params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=MAX_LOGPROBS)
-    request = Request(key, [0] * length, params, 1, frozenset(), key)
-    request.status = Status.RUNNING
-    request.block_ids = [0] * -(-length // block_size)
-    return request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pagoda_kernels
 import torch
 
 from pagoda import batch as batches
-from pagoda import dummy_weights, memory, models, weights
+from pagoda import dummy_weights, memory, models, trials, weights, wishes
 from pagoda.config import EngineConfig
 from pagoda.cuda_graph import StepGraphs
 from pagoda.errors import ConfigError
@@ -66,7 +67,7 @@ class Runner:
         eager = self.device.type == "cpu" or config.enforce_eager
         self.shapes = None if eager else Shapes(config.max_num_seqs, max_model_len, self.max_num_batched_tokens)
         self.graphs: StepGraphs | None = None
-        self._hidden_size = hf_config.hidden_size
+        self._hidden_size, self._vocab_size = hf_config.hidden_size, hf_config.vocab_size
         with memory.turn(self.device):
             self._start(config, hf_config, folder, max_model_len)
 
@@ -77,6 +78,8 @@ class Runner:
         block_bytes = hf_config.kv_elements_per_token * config.block_size * self.cache_dtype.itemsize
         fixed = memory.asked_for(config, block_bytes, self.device)
         self.cache = self._make_cache(hf_config, 1)
+        if self.device.type == "cuda":
+            self._compile(config, max_model_len)
         if fixed is None:
             assert share is not None
             fixed = self._measure(share, config, max_model_len) // block_bytes
@@ -114,22 +117,39 @@ class Runner:
                 "(kv_cache_gib), or leave them to gpu_memory_utilization"
             ) from None
 
+    @torch.inference_mode()
+    def _compile(self, config: EngineConfig, max_model_len: int) -> None:
+        """Everything that steps will call, so that no request ever waits for a compiler."""
+        began = time.monotonic()
+        with pagoda_kernels.compiling_ahead():
+            if self.shapes is not None:
+                self._make_graphs(self.shapes).call(self.shapes.all())
+            for plan in self._largest_steps(config, max_model_len):
+                self.launch(plan)
+            for chunks in trials.kinds_of_draws(config.max_num_seqs):
+                logits = torch.zeros(len(chunks), self._vocab_size, dtype=self.dtype, device=self.device)
+                self.sampler.launch(chunks, wishes.of(chunk.request for chunk in chunks), logits)
+        self.rows.last_tokens.zero_()  # nothing was drawn
+        log.info("kernels compiled in %.1f s", time.monotonic() - began)
+
     def _measure(self, share: memory.Share, config: EngineConfig, max_model_len: int) -> int:
         """Bytes that the largest step and the graphs leave of the share, found by running them over a tiny cache."""
         share.begin_peak()
+        self._run_largest(config, max_model_len)  # first: libraries set themselves up, which no graph may record
         reserve = 0
         if self.shapes is not None:
             reserve = self._trial_graphs(share, self.shapes)
-        self._run_largest(config, max_model_len)
         room = share.room(reserve)
         self.graphs = None
         torch.cuda.empty_cache()
         return room
 
     def _run_largest(self, config: EngineConfig, max_model_len: int) -> None:
-        budget = self.max_num_batched_tokens
-        for plan in memory.largest_steps(config.max_num_seqs, budget, max_model_len, self.block_size):
+        for plan in self._largest_steps(config, max_model_len):
             self.collect(self.launch(plan))
+
+    def _largest_steps(self, config: EngineConfig, max_model_len: int) -> Iterator[Plan]:
+        return trials.largest_steps(config.max_num_seqs, self.max_num_batched_tokens, max_model_len, self.block_size)
 
     @torch.inference_mode()
     def _trial_graphs(self, share: memory.Share, shapes: Shapes) -> int:

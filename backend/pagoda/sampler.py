@@ -16,6 +16,7 @@ from pagoda.errors import EngineFailure, PagodaError
 from pagoda.logits_edits import NEVER, EditsBuilder, nothing_left
 from pagoda.plan import Chunk, Collected
 from pagoda.protocol import TokenLogprob
+from pagoda.sampling_params import MAX_LOGPROBS
 from pagoda.transfer import Download, upload
 from pagoda.wishes import Wishes, column
 
@@ -87,7 +88,8 @@ class Sampler:
         return Draw(chunks, tokens, Download(arriving), bars, scored, masked, failures)
 
     def _score(self, logits: torch.Tensor, tokens: torch.Tensor, most: int) -> list[torch.Tensor]:
-        found = self._ops.top_logprobs(logits, tokens, most)
+        """The parts of `TopLogprobs`, with `most` or more of the best: a GPU compiles for each number, so for two."""
+        found = self._ops.top_logprobs(logits, tokens, min(MAX_LOGPROBS, logits.shape[1]) if most else 0)
         return [found.logprob, found.rank, found.top_ids, found.top_logprobs]
 
     def _batch(self, chunks: list[Chunk], asked: Wishes) -> SamplingBatch:

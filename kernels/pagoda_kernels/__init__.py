@@ -7,6 +7,7 @@
 The ops are for inference: none keeps what a gradient would need.
 """
 
+from .compile_ahead import compiling_ahead
 from .dispatch import MissingKernel, Ops, for_device
 from .linear import PackedWeight
 from .logits_edit import AllowedTokens, Bias, LogitsEdits, Penalties
@@ -25,6 +26,7 @@ __all__ = [
     "Penalties",
     "SamplingBatch",
     "TopLogprobs",
+    "compiling_ahead",
     "for_device",
     "uniform",
 ]

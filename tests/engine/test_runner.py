@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pagoda import cuda_graph, hf_config, memory
+from pagoda import cuda_graph, hf_config, memory, trials
 from pagoda.allocation import BlockAllocator
 from pagoda.batch import Layout
 from pagoda.block_pool import BlockPool
@@ -207,7 +207,7 @@ def test_a_cache_below_one_request_is_refused(folder: Path) -> None:
 
 def test_the_largest_steps_run_in_one_block(folder: Path) -> None:
     runner = make_runner(folder)
-    for plan in memory.largest_steps(12, 100, 64, BLOCK):
+    for plan in trials.largest_steps(12, 100, 64, BLOCK):
         assert plan.num_tokens in (96, 64)
         assert len(runner.collect(runner.launch(plan)).token_ids) == len(plan.chunks)
     generate(runner, count=3, output=2)
