@@ -2,12 +2,12 @@
 
 A graph is a fixed sequence of kernels over fixed addresses, so there is one for each of a few shapes, and a step runs
 in the smallest that holds it, padded. What differs between steps is in tensors that a graph reads. All graphs share one
-memory pool and one output, since one runs at a time.
+memory pool and one output, since one runs at a time. They are captured when the engine has nothing else to do, or when
+one is needed: a start does not wait for them.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
@@ -105,31 +105,36 @@ class StepGraphs:
         self._device = rows.last_tokens.device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        most = max(shape.rows for shape in shapes.all())
+        self._smallest_first = shapes.all()[::-1]
+        most = self._smallest_first[-1].rows
         self._output = torch.empty(most, hidden_size, dtype=dtype, device=self._device)
         self._graphs: dict[Shape, StepGraph] = {}
-
-    def __len__(self) -> int:
-        return len(self._graphs)
 
     def call(self, shapes: Iterable[Shape]) -> None:
         """Run each shape's operations once, without a graph: for `compiling_ahead`."""
         for shape in shapes:
             StepGraph(shape, self._rows, self._block_size, self._device).call(self._forward)
 
-    def capture(self, shapes: Iterable[Shape]) -> float:
-        """Capture a graph for each shape, in addition to those there are; returns the seconds it took."""
-        began = time.monotonic()
+    def capture(self, shapes: Iterable[Shape]) -> None:
+        """Capture a graph for each shape that has none."""
         for shape in shapes:
-            graph = StepGraph(shape, self._rows, self._block_size, self._device)
-            graph.capture(self._forward, self._output, self._pool, self._stream)
-            self._graphs[shape] = graph
-        return time.monotonic() - began
+            if shape not in self._graphs:
+                graph = StepGraph(shape, self._rows, self._block_size, self._device)
+                graph.capture(self._forward, self._output, self._pool, self._stream)
+                self._graphs[shape] = graph
+
+    def capture_another(self) -> bool:
+        """Capture one of those that there are not yet, small ones first; False when all are there."""
+        missing = next((shape for shape in self._smallest_first if shape not in self._graphs), None)
+        if missing is not None:
+            self.capture([missing])
+        return missing is not None
 
     def run(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Hidden states [T, hidden] of a step, and the layout's `sample_rows` and `sampled` on the device.
 
-        Valid until the next step. None where no graph fits.
+        Valid until the next step. None where no graph fits. One that was not needed before is captured now, which takes
+        the host as long as a step without it.
         """
         decodes, count = layout.num_decodes, len(layout.token_ids)
         shape = self._shapes.find(
@@ -139,8 +144,9 @@ class StepGraphs:
             longest=layout.longest,
             shares_prefix=layout.shared_prefix > 0,
         )
-        if shape is None or shape not in self._graphs:
+        if shape is None:
             return None
+        self.capture([shape])
         sample_rows, sampled = self._graphs[shape].run(layout)
         hidden = self._output[:count]
         if decodes not in (count, shape.decodes):

@@ -75,6 +75,8 @@ class RunnerLike(Protocol):
 
     def collect(self, launched: Launched) -> Collected: ...
 
+    def use_idle_moment(self) -> bool: ...
+
 
 @dataclass(slots=True)
 class Pulse:
@@ -149,6 +151,8 @@ class Engine:
         if self.scheduler.requests or self._in_flight:
             return self.inbox.get_nowait()
         self._begin_idle()
+        while self.inbox.empty() and self.runner.use_idle_moment():
+            pass
         return self.inbox.get(timeout=METRICS_INTERVAL)
 
     def _begin_idle(self) -> None:

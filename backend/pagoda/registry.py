@@ -23,6 +23,8 @@ log = logging.getLogger("pagoda.registry")
 UNLOADING = "the model is being unloaded"
 POLL_INTERVAL = 1.0
 """Seconds between two looks at the repository."""
+START_INTERVAL = 0.1
+"""The same while no model is known."""
 HEALTH_SILENCE = 1.5
 """Seconds without a sign of life after which health tells: two pings have gone unanswered."""
 SILENCE = 2.5
@@ -127,7 +129,7 @@ class Registry:
                 log.exception("the registry survived an unexpected error")
             self._wake.clear()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), POLL_INTERVAL)
+                await asyncio.wait_for(self._wake.wait(), POLL_INTERVAL if self._entries else START_INTERVAL)
 
     async def poll(self) -> None:
         """One look at the server: open new sessions, let go of those that leave, give up those that are silent.

@@ -19,6 +19,7 @@ from pagoda.errors import ConfigError
 from pagoda.graph_shapes import Shapes
 from pagoda.hf_config import HFConfig
 from pagoda.layers import KVCache, Rotary
+from pagoda.models import kinds
 from pagoda.models.llama import LlamaForCausalLM
 from pagoda.plan import Collected, Plan
 from pagoda.rows import Rows
@@ -29,7 +30,8 @@ log = logging.getLogger("pagoda.runner")
 
 CPU_BUDGET = 256
 """Tokens: a step of a small model then takes about half a second on two cores."""
-GPU_BUDGET = 8192
+GPU_BUDGET = 2048
+"""Tokens: a step of an 8B model then takes about 50 ms on an H100, and streams go on that often beside long prompts."""
 TRIAL_GRAPHS = 4
 """Graphs captured to learn what one takes of the driver's memory."""
 
@@ -79,7 +81,7 @@ class Runner:
         fixed = memory.asked_for(config, block_bytes, self.device)
         self.cache = self._make_cache(hf_config, 1)
         if self.device.type == "cuda":
-            self._compile(config, max_model_len)
+            self._warm_up(config, max_model_len)
         if fixed is None:
             assert share is not None
             fixed = self._measure(share, config, max_model_len) // block_bytes
@@ -87,7 +89,8 @@ class Runner:
         self.num_blocks = fixed
         self.cache = self._make_cache(hf_config, fixed)
         if share is not None:
-            self._capture()
+            if self.shapes is not None:
+                self._capture_largest(self.shapes)
             share.close()
             self._run_largest(config, max_model_len)
             used, total = share.used / memory.GIB, share.total / memory.GIB
@@ -118,10 +121,10 @@ class Runner:
             ) from None
 
     @torch.inference_mode()
-    def _compile(self, config: EngineConfig, max_model_len: int) -> None:
-        """Everything that steps will call, so that no request ever waits for a compiler."""
+    def _warm_up(self, config: EngineConfig, max_model_len: int) -> None:
+        """Compile all that steps will call, so that no request waits for it, and let libraries set themselves up."""
         began = time.monotonic()
-        with pagoda_kernels.compiling_ahead():
+        with pagoda_kernels.compiling_ahead(), kinds.one_of_each(self.model):
             if self.shapes is not None:
                 self._make_graphs(self.shapes).call(self.shapes.all())
             for plan in self._largest_steps(config, max_model_len):
@@ -131,14 +134,15 @@ class Runner:
                 self.sampler.launch(chunks, wishes.of(chunk.request for chunk in chunks), logits)
         self.rows.last_tokens.zero_()  # nothing was drawn
         log.info("kernels compiled in %.1f s", time.monotonic() - began)
+        self._run_largest(config, max_model_len)
 
     def _measure(self, share: memory.Share, config: EngineConfig, max_model_len: int) -> int:
         """Bytes that the largest step and the graphs leave of the share, found by running them over a tiny cache."""
         share.begin_peak()
-        self._run_largest(config, max_model_len)  # first: libraries set themselves up, which no graph may record
         reserve = 0
         if self.shapes is not None:
             reserve = self._trial_graphs(share, self.shapes)
+        self._run_largest(config, max_model_len)
         room = share.room(reserve)
         self.graphs = None
         torch.cuda.empty_cache()
@@ -151,24 +155,25 @@ class Runner:
     def _largest_steps(self, config: EngineConfig, max_model_len: int) -> Iterator[Plan]:
         return trials.largest_steps(config.max_num_seqs, self.max_num_batched_tokens, max_model_len, self.block_size)
 
-    @torch.inference_mode()
     def _trial_graphs(self, share: memory.Share, shapes: Shapes) -> int:
         """Capture the largest graph, whose memory the others share, and return what the others need beside it."""
-        self.graphs = self._make_graphs(shapes)
-        first, *others = shapes.all()
-        self.graphs.capture([first])
+        self._capture_largest(shapes)
         before = share.used
-        self.graphs.capture(others[-TRIAL_GRAPHS:])
+        for _ in range(TRIAL_GRAPHS):
+            self.use_idle_moment()
         each = (share.used - before) // TRIAL_GRAPHS
-        return each * len(others)
+        return each * (len(shapes.all()) - 1)
 
     @torch.inference_mode()
-    def _capture(self) -> None:
-        if self.shapes is None:
-            return
-        self.graphs = self._make_graphs(self.shapes)
-        seconds = self.graphs.capture(self.shapes.all())
-        log.info("%d CUDA graphs captured in %.1f s", len(self.graphs), seconds)
+    def _capture_largest(self, shapes: Shapes) -> None:
+        """The first, since the others find their memory in its."""
+        self.graphs = self._make_graphs(shapes)
+        self.graphs.capture(shapes.all()[:1])
+
+    @torch.inference_mode()
+    def use_idle_moment(self) -> bool:
+        """Prepare something for later steps, in some 20 ms; False when there is nothing left."""
+        return self.graphs is not None and self.graphs.capture_another()
 
     def _make_graphs(self, shapes: Shapes) -> StepGraphs:
         return StepGraphs(self._forward, self._hidden_size, self.dtype, shapes, self.rows, self.block_size)

@@ -24,8 +24,9 @@ from engine.parity import (
     save,
     steady,
 )
-from pagoda import hf_config
+from pagoda import hf_config, models
 from pagoda.hf_config import HFConfig, MixtureConfig
+from pagoda.models import kinds
 from pagoda.models.mixture import SparseMLP, sort_by_expert
 from pagoda_kernels.linear import reference
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -180,3 +181,14 @@ def test_routing_waits_for_nobody_and_keeps_its_shapes() -> None:
     order, starts = sort_by_expert(torch.tensor([3, 0, 8, 3, 0, 1]), 9)
     assert order.tolist() == [1, 4, 5, 0, 3, 2]
     assert starts.tolist() == [0, 2, 3, 3, 5, 5, 5, 5, 5, 6]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_model_can_be_cut_to_one_layer_of_each_kind(family: Family, tmp_path: Path) -> None:
+    family.save(tmp_path)
+    config = hf_config.load(tmp_path)
+    model = models.build(config, pagoda_kernels.for_device(torch.device("cpu")))
+    sparse = config.mixture.layers if config.mixture else (False,) * config.num_layers
+    with kinds.one_of_each(model):
+        assert len(model.model.layers) == len({(bool(w), s) for w, s in zip(config.layer_windows, sparse, strict=True)})
+    assert len(model.model.layers) == config.num_layers

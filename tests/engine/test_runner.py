@@ -218,4 +218,4 @@ def test_a_budget_below_the_number_of_requests_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_num_batched_tokens 10 is below max_num_seqs 11"):
         resolve_budget(config, "cpu")
     assert resolve_budget(from_parameters({"model": "m"}), "cpu") == 256
-    assert resolve_budget(from_parameters({"model": "m"}), "cuda") == 8192
+    assert resolve_budget(from_parameters({"model": "m"}), "cuda") == 2048

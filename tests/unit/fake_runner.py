@@ -167,6 +167,9 @@ class FakeRunner:
         self.num_tokens += plan.num_tokens
         return launched
 
+    def use_idle_moment(self) -> bool:
+        return False
+
     def collect(self, launched: FakeLaunched) -> Collected:
         assert self.in_flight.pop(0) is launched, "steps are read back in the order in which they were launched"
         return Collected(launched.sampled)

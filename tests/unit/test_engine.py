@@ -25,6 +25,7 @@ class Rig:
     def __init__(self, *, steps_ahead: int = 0, **sizes: int) -> None:
         self.events: list[Event] = []
         self.script: dict[int, list[Command]] = {}
+        self.idle_moments: list[Callable[[], None]] = []
         self.runner: FakeRunner = make_loop(steps_ahead=steps_ahead, **sizes).runner  # type: ignore[arg-type]
         self.engine = Engine(self.runner.scheduler, self, self.events.append)  # type: ignore[arg-type]
 
@@ -35,6 +36,13 @@ class Rig:
     def launch(self, plan: Plan) -> FakeLaunched:
         self.put(*self.script.pop(self.runner.num_launches, []))
         return self.runner.launch(plan)
+
+    def use_idle_moment(self) -> bool:
+        """Something is left to prepare for as many moments as there are entries; each is called first."""
+        if self.idle_moments:
+            self.idle_moments.pop()()
+            return True
+        return False
 
     def collect(self, launched: FakeLaunched) -> list[int]:
         return self.runner.collect(launched)
@@ -392,3 +400,22 @@ def test_stop_ends_an_idle_engine_at_once() -> None:
     rig.put(Stop())
     thread.join(5)
     assert time.monotonic() - began < 0.2
+
+
+# ── idle moments ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_can_be_prepared_is_prepared_until_a_request_arrives() -> None:
+    rig = Rig()
+    seen: list[int] = []
+    moments: list[Callable[[], None]] = [
+        lambda: seen.append(1),
+        lambda: rig.put(ask(1, [1, 2, 3])),
+        lambda: seen.append(2),
+    ]
+    rig.idle_moments = moments[::-1]
+    with running(rig.engine):
+        wait_for(lambda: 2 in seen)
+        finished_first = [out.finish_reason for out in rig.outputs(1)][-1:]
+    assert seen == [1, 2]
+    assert finished_first == ["length"]

@@ -37,6 +37,9 @@ class Alone:
         began = time.monotonic()
         self.runner = runner(config, self.model, folder, self.max_model_len)
         self.start_seconds = time.monotonic() - began
+        """Until the first request could be served."""
+        while self.runner.use_idle_moment():
+            pass
 
     def scheduler(self, loads: list[Load]) -> Scheduler:
         """Over an empty cache, with room for all the requests in its queue."""
@@ -89,6 +92,9 @@ class _Recorder:
 
     def collect(self, launched: Launched) -> Collected:
         return self._runner.collect(launched)
+
+    def use_idle_moment(self) -> bool:
+        return self._runner.use_idle_moment()
 
 
 def requests(loads: list[Load]) -> list[Request]:

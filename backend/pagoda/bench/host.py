@@ -111,6 +111,9 @@ class HollowRunner:
             packed = torch.from_numpy(cuda_graph.pack(layout, shape, self._rows.spare))
             self._sent[: len(packed)].copy_(packed)
 
+    def use_idle_moment(self) -> bool:
+        return False
+
     def collect(self, launched: Launched) -> Collected:
         with self._clock.phase("collect"):
             return self._sampler.collect(launched.draw, launched.prompts)

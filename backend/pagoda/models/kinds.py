@@ -1,0 +1,31 @@
+"""A model cut down to one layer of each kind: what calls every kernel of the whole, in a fraction of its time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from pagoda.models.llama import LlamaForCausalLM
+
+
+@contextmanager
+def one_of_each(model: LlamaForCausalLM) -> Iterator[None]:
+    """Within, the model has only the first of all layers that are alike."""
+    layers = model.model.layers
+    kinds: dict[Hashable, nn.Module] = {}
+    for layer in layers:
+        kinds.setdefault(_kind(layer), layer)
+    model.model.layers = nn.ModuleList(kinds.values())
+    try:
+        yield
+    finally:
+        model.model.layers = layers
+
+
+def _kind(layer: nn.Module) -> Hashable:
+    """Equal for layers of the same parts, stored alike, with or without a window."""
+    return tuple(
+        (type(part), type(getattr(part, "scheme", None)), bool(getattr(part, "window", 0))) for part in layer.modules()
+    )
