@@ -42,7 +42,9 @@ class Layer(nn.Module):
     def allocate(self, device: torch.device) -> None:
         """Take memory for what the places show: they are views of it from now on."""
         for own, parameter in list(self.named_parameters(recurse=False)):
-            setattr(self, own, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+            # Not empty_like: of a tensor on the meta device, it has torch import sympy, which takes two seconds.
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(self, own, nn.Parameter(memory, requires_grad=False))
 
     def make_up(self, deviation: float, generator: torch.Generator) -> None:
         """Fill the places at random: matrices with this standard deviation, vectors around 1."""
