@@ -39,7 +39,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_num_seqs: Positive = 256
     """Most requests in one step."""
     max_num_batched_tokens: Positive | None = None
-    """Token budget of one step; by default 256 on a CPU and 2048 on a GPU: a step must stay short."""
+    """Token budget of one step; by default 256 on a CPU (a step must stay short) and 8192 on a GPU."""
+    max_num_mixed_tokens: Positive | None = None
+    """The same where a step's prompts share it with streams, which go on the more evenly the less it is; by default
+    2048 on a GPU, and never more than the other."""
     max_model_len: Positive | None = None
     """Most tokens of one request, prompt and output together; by default what the checkpoint was trained for."""
     max_num_queued_requests: Positive = 4096

@@ -74,6 +74,7 @@ def _serve(start: EngineStart, sessions: Sessions) -> None:
         ),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=runner.max_num_batched_tokens,
+        max_num_mixed_tokens=runner.max_num_mixed_tokens,
         max_num_queued_requests=config.max_num_queued_requests,
         max_num_queued_tokens=config.max_num_queued_tokens,
     )

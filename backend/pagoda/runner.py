@@ -30,7 +30,8 @@ log = logging.getLogger("pagoda.runner")
 
 CPU_BUDGET = 256
 """Tokens: a step of a small model then takes about half a second on two cores."""
-GPU_BUDGET = 2048
+GPU_BUDGET = 8192
+GPU_MIXED_BUDGET = 2048
 """Tokens: a step of an 8B model then takes about 50 ms on an H100, and streams go on that often beside long prompts."""
 TRIAL_GRAPHS = 4
 """Graphs captured to learn what one takes of the driver's memory."""
@@ -56,7 +57,7 @@ class Runner:
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
         hf_config = choice.resolve(config.quantization, hf_config)
         self.block_size = config.block_size
-        self.max_num_batched_tokens = resolve_budget(config, self.device.type)
+        self.max_num_batched_tokens, self.max_num_mixed_tokens = resolve_budgets(config, self.device.type)
         self.steps_ahead = 0 if self.device.type == "cpu" else 1
         """How many steps may be launched before the first one's samples are read. A CPU computes in `launch` itself."""
         if config.num_threads:
@@ -256,13 +257,19 @@ def check_batch_invariant(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def resolve_budget(config: EngineConfig, device: str) -> int:
-    """Tokens a step. Raises ConfigError when the decodes of a full engine would leave nothing for prefills."""
-    default = CPU_BUDGET if device == "cpu" else GPU_BUDGET
-    budget = config.max_num_batched_tokens or max(default, config.max_num_seqs)
-    if budget < config.max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}: "
-            "a step must have a token for each request; raise the one or lower the other"
-        )
-    return budget
+def resolve_budgets(config: EngineConfig, device: str) -> tuple[int, int]:
+    """Tokens of a step, and of one with decodes. Raises ConfigError when a full engine's decodes would not fit."""
+    least = config.max_num_seqs
+    alone, mixed = (CPU_BUDGET, CPU_BUDGET) if device == "cpu" else (GPU_BUDGET, GPU_MIXED_BUDGET)
+    given = {
+        "max_num_batched_tokens": config.max_num_batched_tokens or max(alone, least),
+        "max_num_mixed_tokens": config.max_num_mixed_tokens or max(mixed, least),
+    }
+    for name, budget in given.items():
+        if budget < least:
+            raise ConfigError(
+                f"{name} {budget} is below max_num_seqs {least}: "
+                "a step must have a token for each request; raise the one or lower the other"
+            )
+    most, beside_decodes = given.values()
+    return most, min(most, beside_decodes)

@@ -1,9 +1,10 @@
 """Which tokens of which requests run in the next step; `pagoda.allocation` says in which blocks.
 
-Pure Python, no torch, deterministic. One token budget a step: decodes first, then chunks of running prefills, then
-waiting requests, each in the order of rank (`pagoda.waiting`). A request takes the blocks of all its known tokens when
-it is admitted, so only decodes ever run out; then the last in rank is preempted and recomputed later. After
-`MAX_PREEMPTIONS` a request is *settled*: it waits until all the blocks it may ever need are free, and keeps them.
+Pure Python, no torch, deterministic. One token budget a step, a smaller one where streams go on: decodes first, then
+chunks of running prefills, then waiting requests, each in the order of rank (`pagoda.waiting`). A request takes the
+blocks of all its known tokens when it is admitted, so only decodes ever run out; then the last in rank is preempted and
+recomputed later. After `MAX_PREEMPTIONS` a request is *settled*: it waits until all the blocks it may ever need are
+free, and keeps them.
 
 The runner may be one step ahead: `schedule` counts a token that is still being sampled as pending, and `update` drops
 what a step computed for a request that has ended or was preempted meanwhile.
@@ -41,6 +42,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_num_mixed_tokens: int | None = None,
         max_num_queued_requests: int,
         max_num_queued_tokens: int,
         clock: Callable[[], float] = time.monotonic,
@@ -50,6 +52,8 @@ class Scheduler:
         self.block_size = blocks.block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_mixed_tokens = max_num_mixed_tokens or max_num_batched_tokens
+        """The budget of a step with decodes."""
         self.clock = clock
         self.counters = Counters()
         self.running: list[Request] = []
@@ -122,8 +126,8 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step; empty when nothing can run."""
         plan = Plan(self._steps)
-        budget = self.max_num_batched_tokens
-        budget -= self._schedule_decodes(plan, budget)
+        decodes = self._schedule_decodes(plan, self.max_num_batched_tokens)
+        budget = (self.max_num_mixed_tokens if decodes else self.max_num_batched_tokens) - decodes
         if len(plan.chunks) < len(self.running):
             budget -= self._schedule_prefills(plan, budget)
         self._admit(plan, budget)

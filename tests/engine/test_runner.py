@@ -17,7 +17,7 @@ from pagoda.config import EngineConfig, from_parameters
 from pagoda.errors import ConfigError
 from pagoda.graph_shapes import Shape, Shapes
 from pagoda.request import Request
-from pagoda.runner import Launched, Runner, resolve_budget
+from pagoda.runner import Launched, Runner, resolve_budgets
 from pagoda.sampling_params import SamplingParams
 from pagoda.scheduler import Scheduler
 from pagoda.transfer import Download, upload
@@ -214,8 +214,22 @@ def test_the_largest_steps_run_in_one_block(folder: Path) -> None:
 
 
 def test_a_budget_below_the_number_of_requests_is_refused() -> None:
-    config = from_parameters({"model": "m", "max_num_batched_tokens": 10, "max_num_seqs": 11})
-    with pytest.raises(ConfigError, match="max_num_batched_tokens 10 is below max_num_seqs 11"):
-        resolve_budget(config, "cpu")
-    assert resolve_budget(from_parameters({"model": "m"}), "cpu") == 256
-    assert resolve_budget(from_parameters({"model": "m"}), "cuda") == 2048
+    for name in ("max_num_batched_tokens", "max_num_mixed_tokens"):
+        config = from_parameters({"model": "m", name: 10, "max_num_seqs": 11})
+        with pytest.raises(ConfigError, match=f"{name} 10 is below max_num_seqs 11"):
+            resolve_budgets(config, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "cpu", "cuda"),
+    [
+        ({}, (256, 256), (8192, 2048)),
+        ({"max_num_batched_tokens": 1024}, (1024, 256), (1024, 1024)),
+        ({"max_num_mixed_tokens": 9000}, (256, 256), (8192, 8192)),
+        ({"max_num_seqs": 4000}, (4000, 4000), (8192, 4000)),
+    ],
+)
+def test_budgets(given: dict[str, int], cpu: tuple[int, int], cuda: tuple[int, int]) -> None:
+    config = from_parameters({"model": "m", **given})
+    assert resolve_budgets(config, "cpu") == cpu
+    assert resolve_budgets(config, "cuda") == cuda

@@ -225,7 +225,8 @@ class FakeRunner:
 
     def _check_plan(self, plan: Plan) -> None:
         scheduler, chunks = self.scheduler, plan.chunks
-        assert 0 < plan.num_tokens <= scheduler.max_num_batched_tokens, "the token budget is exceeded"
+        budget = scheduler.max_num_mixed_tokens if plan.num_decodes else scheduler.max_num_batched_tokens
+        assert 0 < plan.num_tokens <= budget, "the token budget is exceeded"
         assert len(scheduler.running) <= scheduler.max_num_seqs, "more requests run than allowed"
         assert len({c.request for c in chunks}) == len(chunks), "a request is twice in one step"
         for chunk in chunks:
@@ -468,6 +469,7 @@ def make_loop(
     block_size: int = 4,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 64,
+    max_num_mixed_tokens: int | None = None,
     max_num_queued_requests: int = 10_000,
     max_num_queued_tokens: int = 1_000_000,
     enable_prefix_caching: bool = True,
@@ -481,6 +483,7 @@ def make_loop(
         allocator_class(pool_class(num_blocks), block_size=block_size, enable_prefix_caching=enable_prefix_caching),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_num_mixed_tokens=max_num_mixed_tokens,
         max_num_queued_requests=max_num_queued_requests,
         max_num_queued_tokens=max_num_queued_tokens,
         clock=Clock(),

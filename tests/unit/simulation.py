@@ -28,6 +28,7 @@ class Shape:
     num_blocks: int
     max_num_seqs: int
     budget: int
+    mixed_budget: int | None
     max_queued: int
     max_queued_tokens: int
     caching: bool
@@ -43,7 +44,8 @@ def draw_shape(rng: random.Random, num_requests: int) -> Shape:
         max_model_len=max_model_len,
         num_blocks=least + rng.choice([0, 1, 2, least // 2, least, 3 * least]),
         max_num_seqs=(max_num_seqs := rng.choice([1, 4, 8, 32])),
-        budget=max(max_num_seqs, rng.choice([3, 8, 16, 64, 256])),
+        budget=(budget := max(max_num_seqs, rng.choice([3, 8, 16, 64, 256]))),
+        mixed_budget=rng.choice([None, rng.randint(max_num_seqs, budget)]),
         max_queued=rng.choice([2, 8, num_requests, num_requests]),
         max_queued_tokens=rng.choice([100, 10_000_000, 10_000_000]),
         caching=rng.random() < 0.8,
@@ -145,6 +147,7 @@ def simulate(
         block_size=shape.block_size,
         max_num_seqs=shape.max_num_seqs,
         max_num_batched_tokens=shape.budget,
+        max_num_mixed_tokens=shape.mixed_budget,
         max_num_queued_requests=shape.max_queued,
         max_num_queued_tokens=shape.max_queued_tokens,
         enable_prefix_caching=shape.caching,

@@ -62,6 +62,15 @@ def test_decodes_come_first_and_a_long_prompt_takes_what_is_left() -> None:
     assert shape(loop.step()) == [("a", 5, 1), ("b", 9, 1), ("c", 0, 1)]
 
 
+def test_prompts_take_less_of_a_step_in_which_streams_go_on() -> None:
+    loop = make_loop(max_num_batched_tokens=12, max_num_mixed_tokens=5)
+    add(loop, "a", 14, max_tokens=2)
+    assert [shape(loop.step()) for _ in range(2)] == [[("a", 0, 12)], [("a", 12, 2)]]
+    add(loop, "b", 20)
+    assert shape(loop.step()) == [("a", 14, 1), ("b", 0, 4)]
+    assert shape(loop.step()) == [("b", 4, 12)]
+
+
 def test_a_one_token_prompt_is_a_prefill_then_a_decode() -> None:
     loop = make_loop()
     add(loop, "a", 1)

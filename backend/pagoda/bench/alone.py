@@ -51,6 +51,7 @@ class Alone:
             ),
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.runner.max_num_batched_tokens,
+            max_num_mixed_tokens=self.runner.max_num_mixed_tokens,
             max_num_queued_requests=len(loads),
             max_num_queued_tokens=sum(len(load.prompt_ids) for load in loads),
         )
