@@ -151,8 +151,8 @@ class Engine:
         if self.scheduler.requests or self._in_flight:
             return self.inbox.get_nowait()
         self._begin_idle()
-        while self.inbox.empty() and self.runner.use_idle_moment():
-            pass
+        if self.runner.use_idle_moment():
+            return self.inbox.get_nowait()
         return self.inbox.get(timeout=METRICS_INTERVAL)
 
     def _begin_idle(self) -> None:

@@ -225,14 +225,14 @@ class FakeRunner:
 
     def _check_plan(self, plan: Plan) -> None:
         scheduler, chunks = self.scheduler, plan.chunks
-        budget = scheduler.max_num_mixed_tokens if plan.num_decodes else scheduler.max_num_batched_tokens
+        decodes = [self._is_decode(chunk) for chunk in chunks]
+        budget = scheduler.max_num_mixed_tokens if any(decodes) else scheduler.max_num_batched_tokens
         assert 0 < plan.num_tokens <= budget, "the token budget is exceeded"
         assert len(scheduler.running) <= scheduler.max_num_seqs, "more requests run than allowed"
         assert len({c.request for c in chunks}) == len(chunks), "a request is twice in one step"
         for chunk in chunks:
             self._check_chunk(chunk)
         self._check_order(plan)
-        decodes = [self._is_decode(chunk) for chunk in chunks]
         assert decodes == sorted(decodes, reverse=True), "a decode comes after a prefill"
         assert sum(decodes) <= plan.num_decodes, "a decode is not counted as one"
         self._entered.update((chunk.request, chunk.epoch) for chunk in chunks)

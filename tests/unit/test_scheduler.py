@@ -66,7 +66,7 @@ def test_prompts_take_less_of_a_step_in_which_streams_go_on() -> None:
     loop = make_loop(max_num_batched_tokens=12, max_num_mixed_tokens=5)
     add(loop, "a", 14, max_tokens=2)
     assert [shape(loop.step()) for _ in range(2)] == [[("a", 0, 12)], [("a", 12, 2)]]
-    add(loop, "b", 20)
+    loop.scheduler.add(make_request("b", range(100, 120)))
     assert shape(loop.step()) == [("a", 14, 1), ("b", 0, 4)]
     assert shape(loop.step()) == [("b", 4, 12)]
 
