@@ -50,6 +50,7 @@ GRPC_CODES = {
     "model_not_found": "NOT_FOUND",
     "overloaded": "UNAVAILABLE",
     "engine_unavailable": "UNAVAILABLE",
+    "deadline_exceeded": "UNAVAILABLE",
     "cancelled": "CANCELLED",
 }
 

@@ -5,7 +5,7 @@ PagodaError                 code                 HTTP  gRPC
 ├── ModelNotFound           model_not_found      404   NOT_FOUND
 ├── Overloaded              overloaded           503   UNAVAILABLE        try again later
 ├── EngineUnavailable       engine_unavailable   503   UNAVAILABLE        the engine is starting, restarting or gone
-├── DeadlineExceeded        deadline_exceeded    504   DEADLINE_EXCEEDED
+├── DeadlineExceeded        deadline_exceeded    504   UNAVAILABLE        Triton has no code of its own for it
 ├── EngineFailure           engine_failure       500   INTERNAL           our fault; the log has the details
 ├── ConfigError             bad_config           -     INVALID_ARGUMENT   a configuration cannot work
 └── CheckpointError         bad_checkpoint       -     INVALID_ARGUMENT   a model folder cannot be read as it stands

@@ -30,13 +30,14 @@ class TextParameters(msgspec.Struct, frozen=True):
     skip_special_tokens: bool
     priority: int
     timeout: float | None
+    cache_salt: str
     n: int
     best_of: int
     """Answers to generate, of which the `n` likeliest are shown."""
 
 
 class _Given(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's names and defaults; `timeout` is Pagoda's own."""
+    """vLLM's names and defaults; `timeout` and `cache_salt` are Pagoda's own."""
 
     n: int = 1
     best_of: int | None = None
@@ -64,6 +65,7 @@ class _Given(msgspec.Struct, forbid_unknown_fields=True):
     """An object, or its JSON in a string."""
     priority: int = 0
     timeout: float | None = None
+    cache_salt: str = ""
 
 
 def parse(request: TextRequest, tokenizer: Tokenizer) -> TextParameters:
@@ -74,7 +76,7 @@ def parse(request: TextRequest, tokenizer: Tokenizer) -> TextParameters:
         )
     values = _object(request.parameters_json, "sampling_parameters") if request.parameters_json else request.parameters
     given = _convert(values)
-    check_request(n=given.n, priority=given.priority, timeout=given.timeout)
+    check_request(n=given.n, priority=given.priority, timeout=given.timeout, cache_salt=given.cache_salt)
     best_of = _best_of(given, stream=request.stream)
     return TextParameters(
         sampling=_sampling(given, tokenizer, _logprobs(given, request, ranked=best_of > given.n)),
@@ -83,6 +85,7 @@ def parse(request: TextRequest, tokenizer: Tokenizer) -> TextParameters:
         skip_special_tokens=given.skip_special_tokens,
         priority=given.priority,
         timeout=given.timeout,
+        cache_salt=given.cache_salt,
         n=given.n,
         best_of=best_of,
     )

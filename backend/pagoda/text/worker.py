@@ -116,6 +116,7 @@ class TextWorker:
         streams = self.session.generate(
             prompt_ids,
             parameters.sampling,
+            cache_salt=parameters.cache_salt,
             n=parameters.best_of,
             priority=parameters.priority,
             timeout=parameters.timeout,

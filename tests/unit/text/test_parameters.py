@@ -35,6 +35,7 @@ def test_defaults_are_vllms(llama: Tokenizer) -> None:
         skip_special_tokens=True,
         priority=0,
         timeout=None,
+        cache_salt="",
         n=1,
         best_of=1,
     )
@@ -58,6 +59,7 @@ def test_every_parameter(llama: Tokenizer) -> None:
         stop_token_ids=[9],
         priority=3,
         timeout=1.5,
+        cache_salt="tenant",
         n=3,
         best_of=5,
         prompt_logprobs=2,
@@ -80,7 +82,7 @@ def test_every_parameter(llama: Tokenizer) -> None:
     )
     assert (given.n, given.best_of) == (3, 5)
     assert (given.stop, given.include_stop, given.skip_special_tokens) == (("a", "b"), True, False)
-    assert (given.priority, given.timeout) == (3, 1.5)
+    assert (given.priority, given.timeout, given.cache_salt) == (3, 1.5, "tenant")
 
 
 def test_numbers_and_truths_may_be_strings(llama: Tokenizer) -> None:
@@ -106,6 +108,7 @@ def test_a_structure_is_an_object_or_its_json(llama: Tokenizer, given: Any) -> N
         ({"min_tokens": "many"}, "min_tokens"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"bad_words": [""]}, "bad_words"),
+        ({"cache_salt": "s" * 257}, "cache_salt"),
         ({"stop": [1]}, "stop"),
         ({"structured_outputs": "{"}, "structured_outputs"),
         ({"structured_outputs": "[]"}, "structured_outputs"),
