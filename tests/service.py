@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from pagoda.server import settings as service_settings
 from pagoda.server import store
 
 MODEL = "smollm2"
+PAGODA = str(Path(sys.prefix) / "bin" / "pagoda")
 
 
 def free_port() -> int:
@@ -121,14 +122,14 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str = "") -> f
 
 
 @contextmanager
-def running(repository: Path, folder: Path, *arguments: str) -> Iterator[Service]:
+def running(repository: Path, folder: Path, *arguments: str, program: Sequence[str] = (PAGODA,)) -> Iterator[Service]:
     """Start `pagoda serve`, wait until it is ready; end it by SIGTERM and see that it leaves nothing."""
     ports = [free_port() for _ in range(4)]
     names = ("--port", "--grpc-port", "--metrics-port", "--http-port")
     flags = [text for pair in zip(names, map(str, ports), strict=True) for text in pair]
     run_folder, output = folder / "run", folder / "serve.log"
     command = [
-        str(Path(sys.prefix) / "bin" / "pagoda"),
+        *program,
         "serve",
         "--model-repository",
         str(repository),

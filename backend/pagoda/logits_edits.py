@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pagoda_kernels import AllowedTokens, Bias, LogitsEdits, Penalties
 
-from pagoda.errors import InvalidRequest, PagodaError
+from pagoda.errors import EngineFailure, InvalidRequest, PagodaError
 from pagoda.plan import Chunk
 from pagoda.request import Request, Status
 from pagoda.sampling_params import SamplingParams
 from pagoda.transfer import upload
 
+log = logging.getLogger("pagoda.logits_edits")
+
+T = TypeVar("T")
+Failures: TypeAlias = "list[tuple[Chunk, PagodaError]]"
 NEVER = float("-inf")
 
 
@@ -55,24 +61,26 @@ class EditsBuilder:
         self._words = -(-vocab_size // 32)
         self._seen: dict[Request, Seen] = {}
 
-    def build(
-        self, chunks: list[Chunk], device: torch.device
-    ) -> tuple[LogitsEdits | None, list[tuple[Chunk, PagodaError]]]:
-        """The edits of a step, a row a chunk; None when nobody asks for any. A grammar that fails is named."""
+    def build(self, chunks: list[Chunk], device: torch.device) -> tuple[LogitsEdits | None, Failures]:
+        """The edits of a step, a row a chunk; None when nobody asks for any. And whose own part of them failed."""
         if not any(c.request.params.edits_logits for c in chunks):
             return None, []
-        failures: list[tuple[Chunk, PagodaError]] = []
+        failures: Failures = []
         edits = LogitsEdits(
-            self._penalties(chunks, device), _bias(chunks, device), self._allowed(chunks, device, failures)
+            self._penalties(chunks, device, failures),
+            _bias(chunks, device, failures),
+            self._allowed(chunks, device, failures),
         )
         return edits, failures
 
-    def _penalties(self, chunks: list[Chunk], device: torch.device) -> Penalties | None:
-        penalised = [(row, c.request) for row, c in enumerate(chunks) if _has_penalty(c.request.params)]
-        if not penalised:
+    def _penalties(self, chunks: list[Chunk], device: torch.device, failures: Failures) -> Penalties | None:
+        seen, rows = [], []
+        for row, chunk in enumerate(chunks):
+            if _has_penalty(chunk.request.params) and (found := own(self._follow, chunk, failures)) is not None:
+                seen.append(found)
+                rows.append(np.full(len(found.index), row, np.int32))
+        if not seen:
             return None
-        seen = [self._follow(request) for _, request in penalised]
-        rows = [np.full(len(s.index), row, np.int32) for (row, _), s in zip(penalised, seen, strict=True)]
         params = [c.request.params for c in chunks]
         arrays: list[NDArray[Any]] = [
             np.array([p.repetition_penalty for p in params], np.float32),
@@ -97,17 +105,11 @@ class EditsBuilder:
         for request in ended:
             del self._seen[request]
 
-    def _allowed(
-        self, chunks: list[Chunk], device: torch.device, failures: list[tuple[Chunk, PagodaError]]
-    ) -> AllowedTokens | None:
+    def _allowed(self, chunks: list[Chunk], device: torch.device, failures: Failures) -> AllowedTokens | None:
         masks: list[NDArray[np.int32]] = []
         rows = np.full(len(chunks), -1, np.int32)
         for row, chunk in enumerate(chunks):
-            try:
-                mask = self._mask(chunk.request)
-            except PagodaError as error:
-                failures.append((chunk, error))
-                continue
+            mask = own(self._mask, chunk, failures)
             if mask is not None:
                 rows[row] = len(masks)
                 masks.append(mask)
@@ -124,6 +126,18 @@ class EditsBuilder:
             listed = _bits(allowed, self._words)
             mask = listed if mask is None else mask & listed
         return mask
+
+
+def own(part: Callable[[Request], T], chunk: Chunk, failures: Failures) -> T | None:
+    """What `part` makes of the chunk's request alone. If it raises, that request has failed and no other."""
+    try:
+        return part(chunk.request)
+    except PagodaError as error:
+        failures.append((chunk, error))
+    except Exception:
+        log.exception("sampling for request %r failed", chunk.request.key)
+        failures.append((chunk, EngineFailure("the request's sampling failed; the server's log has the reason")))
+    return None
 
 
 def nothing_left(request: Request) -> InvalidRequest | None:
@@ -164,10 +178,10 @@ def _bits(token_ids: tuple[int, ...], words: int) -> NDArray[np.int32]:
     return packed
 
 
-def _bias(chunks: list[Chunk], device: torch.device) -> Bias | None:
+def _bias(chunks: list[Chunk], device: torch.device, failures: Failures) -> Bias | None:
     rows, tokens, values = [], [], []
     for row, chunk in enumerate(chunks):
-        for token, value in _biases(chunk.request).items():
+        for token, value in (own(_biases, chunk, failures) or {}).items():
             rows.append(row)
             tokens.append(token)
             values.append(value)

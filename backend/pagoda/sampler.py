@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from pagoda_kernels import Ops, SamplingBatch
 
-from pagoda.errors import EngineFailure, PagodaError
-from pagoda.logits_edits import NEVER, EditsBuilder, nothing_left
+from pagoda.errors import EngineFailure
+from pagoda.logits_edits import NEVER, EditsBuilder, Failures, nothing_left, own
 from pagoda.plan import Chunk, Collected
 from pagoda.protocol import TokenLogprob
+from pagoda.request import Request
 from pagoda.sampling_params import MAX_LOGPROBS
 from pagoda.transfer import Download, upload
 from pagoda.wishes import Wishes, column
@@ -40,7 +42,7 @@ class Draw:
     """Rows of S whose requests want log-probabilities."""
     masked: list[int]
     """Rows of S whose requests have a grammar."""
-    failures: list[tuple[Chunk, PagodaError]]
+    failures: Failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Sampler:
         asked: [S], what the chunks' requests ask for.
         """
         scored = asked["logprobs"].nonzero()[0].tolist()
-        failures: list[tuple[Chunk, PagodaError]] = []
+        failures: Failures = []
         edits, raw = None, logits
         if asked["edits"].any():
             edits, failures = self._edits.build(chunks, self._device)
@@ -148,25 +150,23 @@ class Sampler:
         failures = draw.failures + (_barred(draw.chunks, arrived[1].tolist()) if draw.bars else [])
         return Collected(tokens, logprobs, prompt_logprobs, failures + self._accept(draw, tokens, failures))
 
-    def _accept(
-        self, draw: Draw, tokens: list[int], failed_before: list[tuple[Chunk, PagodaError]]
-    ) -> list[tuple[Chunk, PagodaError]]:
+    def _accept(self, draw: Draw, tokens: list[int], failed_before: Failures) -> Failures:
         """Tell each grammar the token that came, but those that failed before it."""
         failed = {chunk.request for chunk, _ in failed_before}
-        failures: list[tuple[Chunk, PagodaError]] = []
+        failures: Failures = []
         for row in draw.masked:
-            chunk, token = draw.chunks[row], tokens[row]
-            matcher = chunk.request.matcher
-            if matcher is not None and not chunk.is_stale and chunk.request not in failed:
-                try:
-                    if not matcher.accept(token):
-                        failures.append((chunk, EngineFailure(f"token {token} does not follow the grammar")))
-                except PagodaError as error:
-                    failures.append((chunk, error))
+            chunk = draw.chunks[row]
+            if not chunk.is_stale and chunk.request not in failed:
+                own(partial(_follow_grammar, tokens[row]), chunk, failures)
         return failures
 
 
-def _barred(chunks: list[Chunk], logits: list[float]) -> list[tuple[Chunk, PagodaError]]:
+def _follow_grammar(token: int, request: Request) -> None:
+    if request.matcher is not None and not request.matcher.accept(token):
+        raise EngineFailure(f"token {token} does not follow the grammar")
+
+
+def _barred(chunks: list[Chunk], logits: list[float]) -> Failures:
     """The chunks whose drawn token has a logit of minus infinity: every token was barred. One logit a chunk."""
     empty = [chunk for chunk, logit in zip(chunks, logits, strict=True) if logit == NEVER]
     return [(chunk, error) for chunk in empty if (error := nothing_left(chunk.request)) is not None]

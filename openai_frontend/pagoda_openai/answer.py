@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
 import msgspec
-from pagoda.errors import PagodaError
+from pagoda.errors import EngineFailure, PagodaError
 from pagoda.text.generation import Delta
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,6 +18,8 @@ from pagoda_openai.generation import Choice, ClientGone, Generation, while_conne
 from pagoda_openai.responses import UsageBody
 from pagoda_openai.settings import Settings
 from pagoda_openai.sse import DONE, EventStream, encode_json, event
+
+log = logging.getLogger("pagoda.openai")
 
 PLACEHOLDER = secrets.token_hex(16)
 """Stands for the text where a chunk is encoded to be cut there: nothing else in it can be the same."""
@@ -70,6 +73,9 @@ async def _events(
             yield event(shape.usage_chunk(generation.usage()))
     except PagodaError as error:
         yield event(envelope(error))
+    except Exception:
+        log.exception("a stream failed by an unexpected error")
+        yield event(envelope(EngineFailure("the request failed; the server's log has the reason")))
     finally:
         generation.abort("client_gone")  # does nothing for those that have ended
     yield DONE

@@ -6,6 +6,8 @@ import http.client
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -48,7 +50,9 @@ def other_client(service: Service, streams: int, *, others: int = 0) -> Iterator
 class Stream(threading.Thread):
     """One streamed completion, read to its end."""
 
-    def __init__(self, service: Service, max_tokens: int, *, model: str = MODEL, prompt: str = "Once") -> None:
+    def __init__(
+        self, service: Service, max_tokens: int, *, model: str = MODEL, prompt: str | list[int] = "Once", **fields: Any
+    ) -> None:
         super().__init__(daemon=True)
         self.url = service.url
         self.body = {
@@ -58,6 +62,7 @@ class Stream(threading.Thread):
             "temperature": 0,
             "stream": True,
             "ignore_eos": True,
+            **fields,
         }
         self.text = ""
         self.finish_reasons: list[str] = []
@@ -109,11 +114,14 @@ def test_killed_client_frees_its_requests_within_a_second(calm: Service) -> None
     assert calm.metric("kv_cache_usage_perc", triton=True) == 0
 
 
-def test_a_client_that_leaves_before_its_whole_answer_frees_it(calm: Service) -> None:
+@pytest.mark.parametrize("linger", [None, 0], ids=["FIN", "RST"])
+def test_a_client_that_leaves_before_its_whole_answer_frees_it(calm: Service, linger: int | None) -> None:
     connection = http.client.HTTPConnection(calm.url.removeprefix("http://"), timeout=10)
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 4000, "ignore_eos": True}
     connection.request("POST", "/v1/completions", json.dumps(body))
     wait_for(lambda: calm.metric("num_requests_running") == 1, 10, "the request to run")
+    if linger is not None:
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, linger))
     connection.close()
     wait_for(calm.is_idle, 1.5, "the request to end")
 

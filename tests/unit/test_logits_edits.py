@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pagoda.errors import InvalidRequest, PagodaError
+from pagoda.errors import EngineFailure, InvalidRequest
 from pagoda.logits_edits import EditsBuilder, Seen
 from pagoda.plan import Chunk
 from pagoda.request import Request, Status
@@ -153,7 +153,7 @@ class Grammar:
 
     is_finished = False
 
-    def __init__(self, tokens: set[int], error: PagodaError | None = None) -> None:
+    def __init__(self, tokens: set[int], error: Exception | None = None) -> None:
         self.tokens, self.error = tokens, error
 
     def fill(self, row: Any) -> None:
@@ -186,3 +186,15 @@ def test_a_grammar_that_fails_is_named_and_masks_nothing() -> None:
     assert failures == [(bad, error)]
     assert edits is not None
     assert [allowed(edits, row) for row in range(2)] == [None, {3}]
+
+
+def test_an_error_that_nobody_foresaw_is_its_own_request_s() -> None:
+    """The engine serves others, who must not end by it; what it says inside is not for a client."""
+    good, bad = (make_chunk([1, 2], [5], presence_penalty=1.0, logit_bias={1: 1.0}) for _ in range(2))
+    bad.request.matcher = Grammar({4}, RuntimeError("a secret"))
+    edits, ((failed, error),) = EditsBuilder(VOCABULARY).build([bad, good], CPU)
+    assert failed is bad
+    assert isinstance(error, EngineFailure)
+    assert "secret" not in error.message
+    assert edits is not None
+    assert seen(edits)[1, 5] == 1
