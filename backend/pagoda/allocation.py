@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pagoda.block_pool import BlockPool
+from pagoda.errors import InvalidRequest
 from pagoda.plan import Plan
 from pagoda.request import Request, Status
 
@@ -21,6 +22,16 @@ class BlockAllocator:
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def check_fits(self, request: Request) -> None:
+        """Raises InvalidRequest that says by how much the whole pool is too small for the request alone."""
+        most = self.pool.num_blocks * self.block_size
+        if request.length_limit > most:
+            raise InvalidRequest(
+                f"prompt ({request.num_prompt_tokens} tokens) and max_tokens ({request.max_tokens}) together pass the "
+                f"KV cache's {most} tokens by {request.length_limit - most}: shorten the prompt or lower max_tokens",
+                field="max_tokens",
+            )
 
     def admit(self, request: Request, plan: Plan, *, margin: int) -> bool:
         """Give a waiting request its blocks if `margin` more stay free; `num_computed` tells what is spared.
@@ -54,8 +65,12 @@ class BlockAllocator:
                 return leader.block_ids[: self.num_blocks(shared)], shared
         return cached, len(cached) * self.block_size
 
+    def reads_cache(self, request: Request) -> bool:
+        """Whether the prefix cache is looked into for the request."""
+        return self.enable_prefix_caching and not request.needs_prompt_logprobs
+
     def _find_prefix(self, request: Request) -> list[int]:
-        if not self.enable_prefix_caching or request.needs_prompt_logprobs:
+        if not self.reads_cache(request):
             return []
         usable = (request.num_tokens - 1) // self.block_size
         return self.pool.find(request.block_hash(i, self.block_size) for i in range(usable))
@@ -102,3 +117,6 @@ class BlockAllocator:
         for block in request.block_ids[request.num_computed // self.block_size :]:
             if not self.pool.is_private(block):
                 raise AssertionError(f"block {block}, which request {request.key!r} writes to, is shared or published")
+        for index in range(request.num_published):
+            if self.pool.name_of(request.block_ids[index]) not in (None, request.block_hash(index, self.block_size)):
+                raise AssertionError(f"block {request.block_ids[index]} of request {request.key!r} has another's hash")

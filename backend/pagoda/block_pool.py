@@ -72,6 +72,10 @@ class BlockPool:
         """True when the block may be written: one owner, and no name by which others could find it."""
         return self._references[block] == 1 and self._hash_of[block] is None
 
+    def name_of(self, block: int) -> bytes | None:
+        """The hash by which the block is found."""
+        return self._hash_of[block]
+
     def share(self, blocks: Iterable[int]) -> None:
         """One reference more for each block; a cached one leaves the free queue."""
         for block in blocks:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from pagoda.errors import DeadlineExceeded, Overloaded, PagodaError
+from pagoda.errors import DeadlineExceeded, PagodaError
 from pagoda.plan import Collected, Plan, Progress
 from pagoda.protocol import FinishReason, Metrics, Output, Usage
 from pagoda.request import Request
@@ -174,7 +174,7 @@ class Engine:
     def _submit(self, request: Request) -> None:
         try:
             self.scheduler.add(request)
-        except Overloaded as error:
+        except PagodaError as error:
             for member in (request, *request.forks):
                 self.emit(Refusal(key_of(member), error))
         else:

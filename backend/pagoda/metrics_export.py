@@ -11,7 +11,7 @@ from typing import Any
 
 from pagoda.protocol import Histogram, Metrics
 
-OWN = frozenset({"engine_steps_total", "session_payloads_total"})
+OWN = frozenset({"engine_steps_total", "kv_cache_waste_perc", "session_payloads_total"})
 """Series that no other engine has; the others have the names that dashboards know from vLLM."""
 
 
@@ -90,6 +90,7 @@ DESCRIPTIONS = {
     "num_requests_waiting": "Requests waiting for their first step",
     "kv_cache_usage_perc": "Share of KV cache blocks held by live requests, 0 to 1",
     "gpu_cache_usage_perc": "Share of KV cache blocks held by live requests, 0 to 1",
+    "kv_cache_waste_perc": "Share of the slots in these blocks that hold no token, 0 to 1",
     "num_preemptions_total": "Requests sent back to the queue for want of blocks",
     "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache",
     "prefix_cache_hits_total": "Prompt tokens found in the prefix cache",

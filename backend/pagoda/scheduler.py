@@ -72,14 +72,16 @@ class Scheduler:
     # ── comings and goings ────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, request: Request) -> None:
-        """Queue a request and its forks. Raises Overloaded when the queue is full, ValueError for what cannot be."""
+        """Queue a request and its forks.
+
+        Raises InvalidRequest for what can never run, Overloaded when the queue is full, ValueError for a live key.
+        """
         group = [request, *request.forks]
+        self.blocks.check_fits(request)
         self.waiting.check_room(group)
         for member in group:
             if member.key in self._requests:
                 raise ValueError(f"request {member.key!r} is live already")
-        if self.blocks.num_blocks(request.length_limit) > self.pool.num_blocks:
-            raise ValueError(f"request {request.key!r} can grow beyond the pool of {self.pool.num_blocks} blocks")
         now = self.clock()
         for member in group:
             self._enter(member, now)
@@ -169,7 +171,7 @@ class Scheduler:
             budget -= self._grant_prefill(plan, request, budget)
 
     def _count_prefix(self, request: Request) -> None:
-        if self.blocks.enable_prefix_caching and request.fork_of is None:
+        if self.blocks.reads_cache(request) and request.fork_of is None:
             request.num_cached = request.num_computed
             self.counters.prefix_queried_tokens += request.num_prompt_tokens
             self.counters.prefix_hit_tokens += request.num_cached

@@ -76,8 +76,8 @@ class WaitingQueue:
         return len(self._costs)
 
     def check_room(self, requests: Sequence[Request]) -> None:
-        """Raises Overloaded when these do not fit; a single request is never too long for an empty queue."""
-        if len(self) + len(requests) > self.max_requests:
+        """Raises Overloaded when these, one request and its forks, do not fit; an empty queue refuses nobody."""
+        if len(self) and len(self) + len(requests) > self.max_requests:
             raise Overloaded(
                 f"{len(self)} requests are waiting (max_num_queued_requests {self.max_requests}): try again later"
             )

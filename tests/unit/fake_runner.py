@@ -241,11 +241,12 @@ class FakeRunner:
 
     def _check_order(self, plan: Plan) -> None:
         """Whoever enters ranks before all who could have entered instead."""
-        ready = [r for r in self.scheduler.requests.values() if r.status is Status.WAITING and not is_held(r)]
-        first = min(map(rank_of, ready), default=None)
-        for chunk in plan.chunks:
-            if first is not None and self._entered.get(chunk.request) != chunk.epoch:
-                assert rank_of(chunk.request) < first, f"request {chunk.request.key!r} overtakes another"
+        entering = [c.request for c in plan.chunks if self._entered.get(c.request) != c.epoch]
+        if entering:
+            ready = [r for r in self.scheduler.requests.values() if r.status is Status.WAITING and not is_held(r)]
+            first = min(map(rank_of, ready), default=None)
+            for request in entering:
+                assert first is None or rank_of(request) < first, f"request {request.key!r} overtakes another"
 
     def _check_chunk(self, chunk: Chunk) -> None:
         request, end = chunk.request, chunk.start + chunk.count

@@ -242,7 +242,7 @@ def _faults() -> Iterator[Fault]:
     yield Fault("partly filled block shared", allocator=SharesAPartBlock, seen_by_check=True)
     yield Fault("published a token early", allocator=PublishesTooEarly, seen_by_check=True)
     yield Fault("published under the next hash", allocator=PublishesTheNextBlock, seen_by_check=True)
-    yield Fault("salt ignored", allocator=IgnoresTheSalt)
+    yield Fault("salt ignored", allocator=IgnoresTheSalt, seen_by_check=True)
     yield Fault("stale result applied after preemption", patch=_stale_results_count)
     yield Fault("preempted after its grant", scheduler=PreemptsAfterTheGrant)
     yield Fault("token lost on preemption", scheduler=DropsATokenOnPreemption)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from pagoda import engine as engine_module
 from pagoda.engine import Cancel, Command, Engine, Event, Refusal, StepResult, Stop, Submit
-from pagoda.errors import Overloaded
+from pagoda.errors import InvalidRequest, Overloaded
 from pagoda.plan import Plan
 from pagoda.protocol import Metrics, Output, Usage
 from pagoda.request import Request
@@ -218,6 +218,14 @@ def test_a_full_queue_refuses_and_the_others_are_served() -> None:
     assert isinstance(refusal.error, Overloaded)
     assert [rig.outputs(n)[-1].finish_reason for n in (1, 2)] == ["length", "length"]
     assert rig.outputs(3) == []
+
+
+def test_a_request_beyond_the_pool_is_refused_and_the_others_are_served() -> None:
+    rig = Rig(num_blocks=3, block_size=4)
+    rig.serve(ask(1, range(9), max_tokens=9), ask(2, [2]))
+    (refusal,) = [event for event in rig.events if isinstance(event, Refusal)]
+    assert (refusal.key, type(refusal.error)) == ((SESSION, 1), InvalidRequest)
+    assert rig.outputs(2)[-1].finish_reason == "length"
 
 
 # ── metrics ───────────────────────────────────────────────────────────────────────────────────────────────────────────

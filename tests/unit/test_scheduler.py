@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from pagoda.errors import Overloaded
+from pagoda.errors import InvalidRequest, Overloaded
 from pagoda.plan import Plan
 from pagoda.request import MAX_PREEMPTIONS, Request, Status
+from pagoda.sampling_params import SamplingParams
 from unit.fake_runner import Loop, audit, lone_run, make_group, make_loop, make_request
 from unit.memory_machine import MemoryMachine
 from unit.planted_faults import FAULTS, Fault
@@ -111,6 +112,16 @@ def test_a_request_of_the_whole_pool_runs() -> None:
         most = max(most, len(request.block_ids))
     assert most == 3
     assert loop.scheduler.counters.preemptions == 0
+
+
+def test_a_request_beyond_the_whole_pool_is_refused_and_told_by_how_much() -> None:
+    """Admitted, it would wait for ever and hold up whoever comes after it."""
+    loop = make_loop(num_blocks=3, block_size=4)
+    with pytest.raises(InvalidRequest, match=r"prompt \(5 tokens\) and max_tokens \(10\) .* 12 tokens by 3: shorten"):
+        add(loop, "a", 5, max_tokens=10)
+    add(loop, "b", 5, max_tokens=7)
+    loop.drain()
+    loop.ledger.check_complete()
 
 
 # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -324,12 +335,22 @@ def test_forks_of_an_aborted_request_go_on_without_it(steps: int) -> None:
 
 
 def test_a_group_is_taken_whole_or_not_at_all() -> None:
-    loop = make_loop(max_num_seqs=1, max_num_queued_requests=2)
+    loop = make_loop(max_num_seqs=1, max_num_queued_requests=3)
+    loop.add(make_group("xy", [1]))
     with pytest.raises(Overloaded):
         loop.scheduler.add(make_group("abc", [1]))
-    assert not loop.scheduler.requests
-    loop.add(make_group("xy", [1]))
+    assert list(loop.scheduler.requests) == ["x", "y"]
     loop.drain()
+
+
+def test_an_empty_queue_takes_more_answers_than_it_holds() -> None:
+    """Told to try again later, such a request would try for ever."""
+    loop = make_loop(max_num_seqs=1, max_num_queued_requests=2)
+    loop.add(make_group("abc", [1]))
+    with pytest.raises(Overloaded):
+        loop.scheduler.add(make_request("d", [1]))
+    loop.drain()
+    loop.ledger.check_complete()
 
 
 # ── one step ahead ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -396,6 +417,29 @@ def test_without_prefix_caching_nothing_is_kept_or_counted() -> None:
         loop.drain()
     assert [r.num_cached for r in loop.ledger.requests.values()] == [0, 0]
     assert loop.scheduler.counters.prefix_queried_tokens == 0
+
+
+def test_only_what_is_looked_up_counts_as_looked_up() -> None:
+    """A prompt whose log-probabilities are wanted is computed whatever the cache holds."""
+    loop = make_loop()
+    request = add(loop, "a", 9, max_tokens=1)
+    loop.drain()
+    again = make_request("b", range(9), max_tokens=1)
+    again.params = SamplingParams(prompt_logprobs=1)
+    loop.add(again)
+    loop.drain()
+    assert (request.num_cached, again.num_cached) == (0, 0)
+    assert loop.scheduler.counters.prefix_queried_tokens == 9
+
+
+def test_check_sees_a_block_with_the_hash_of_other_tokens() -> None:
+    """Such a block would answer one tenant from another's prompt."""
+    loop = make_loop()
+    request = add(loop, "a", 9)
+    loop.step()
+    request.hashes[1] = b"another"
+    with pytest.raises(AssertionError, match="has another's hash"):
+        loop.scheduler.check()
 
 
 # ── preemption ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -27,9 +27,9 @@ only = os.environ.get("PAGODA_SIM_SEED")
 every_seed = pytest.mark.skipif(only is not None, reason="PAGODA_SIM_SEED replays one seed")
 
 
-def run_seed(seed: int, *, num_requests: int = 0) -> Loop:
+def run_seed(seed: int, *, num_requests: int = 0, fault: Fault | None = None) -> Loop:
     try:
-        return simulate(seed, num_requests=num_requests, audit_every=1 if only else 3)
+        return simulate(seed, num_requests=num_requests, fault=fault, audit_every=1 if only else 3)
     except Exception as error:
         error.args = (f"seed {seed} (PAGODA_SIM_SEED={seed} replays it): {error!r}",)
         raise
@@ -76,6 +76,16 @@ def test_a_seed_is_the_same_every_time() -> None:
         assert first.runner.slots == second.runner.slots
 
 
+@every_seed
+def test_a_failing_seed_names_itself_and_fails_again() -> None:
+    found = []
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="PAGODA_SIM_SEED=2 replays it") as caught:
+            run_seed(2, fault=FAULTS[0])
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+
+
 def messages(fault: Fault, *, check_only: bool = False) -> Iterator[str]:
     """What the seeds that see the fault say of it."""
     for seed in range(MUTATION_SEEDS):
@@ -97,5 +107,5 @@ def test_the_simulation_sees(fault: Fault) -> None:
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.seen_by_check], ids=repr)
 def test_the_engines_own_check_sees(fault: Fault) -> None:
     """What the idle engine asks of itself must see the faults of the books, without the tests' auditor."""
-    own = re.compile(r"references and \d+ owners|in the free queue|is shared or published")
+    own = re.compile(r"references and \d+ owners|in the free queue|is shared or published|has another's hash")
     assert any(own.search(message) for message in messages(fault, check_only=True))
