@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from pagoda.bench import host, loads, machine, offline
+from pagoda.bench import determinism, host, loads, machine, offline
 from pagoda.bench.alone import Alone
 from pagoda.bench.cli import app
 from pagoda.bench.floor import Floor
@@ -129,6 +129,23 @@ def test_the_hosts_phases_are_within_its_step(tmp_path: Path, monkeypatch: pytes
         assert set(result.phases) == set(host.PHASES)
         assert min(result.phases.values()) > 0
         assert 0 < result.step <= result.worst
+
+
+def test_tokens_together_are_held_against_each_alone(settings: EngineConfig, folder: Path) -> None:
+    case = determinism.Case(count=12, prompt=24, shared=16, output=20)
+    result = determinism.measure(Alone(settings, folder), case, "temperature 0.8")
+    assert result.tokens > 0.9 * case.count * case.output
+    assert result.differences <= 1
+    assert min(result.preemptions, result.hit_tokens) > 0
+
+
+def test_a_request_counts_up_to_its_first_difference(
+    settings: EngineConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {12: [[1, 2, 3, 4]] * 12, 1: [[1, 9, 3, 9]]}
+    monkeypatch.setattr(determinism, "_run", lambda engine, scheduler, requests: answers[len(requests)])
+    result = determinism.measure(Alone(settings, folder), determinism.Case(count=12, output=4), "greedy")
+    assert (result.tokens, result.differences) == (24, 12)
 
 
 def test_products_are_timed_by_both(folder: Path, tmp_path: Path) -> None:

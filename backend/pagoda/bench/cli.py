@@ -79,6 +79,27 @@ def compare(
 
 
 @app.command()
+def determinism(model: Model = store.DEFAULT_MODEL, parameters: Parameters = None, json_file: JsonFile = None) -> None:
+    """Requests together and each alone: at how many of their tokens they differ."""
+    from pagoda.bench.alone import Alone
+    from pagoda.bench.determinism import SAMPLINGS, Case, measure
+
+    results = []
+    with _settings(model, parameters) as (settings, folder), _bar() as bar:
+        task = bar.add_task("together and alone", total=len(SAMPLINGS))
+        engine = Alone(settings, folder)
+        for sampling in SAMPLINGS:
+            results.append(measure(engine, Case(), sampling))
+            bar.update(task, advance=1)
+    table = Table("sampling", "tokens", "that differ", "%", "preemptions", "prompt tokens spared")
+    for r in results:
+        share = f"{100 * r.differences / r.tokens:.3f}"
+        table.add_row(r.sampling, str(r.tokens), str(r.differences), share, str(r.preemptions), str(r.hit_tokens))
+    console.print(table)
+    _write(json_file, results)
+
+
+@app.command()
 def host(json_file: JsonFile = None) -> None:
     """What a step of decodes costs the host, by phases, without a model; graph launches are not in it."""
     from pagoda.bench.host import COUNTS, LOADS, PHASES, measure
