@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from greedy import GreedyJudge
+from lone_judge import LoneJudge
 from pagoda.server import store
 from pagoda.text.tokenizer import Tokenizer
 from service import MODEL, Service
@@ -87,10 +87,10 @@ async def test_greedy_text_equals_the_lone_run_and_transformers(async_client: op
     together = await asyncio.gather(*map(complete, prompts))
     alone = [await complete(prompt) for prompt in prompts]
     near_ties = 0
-    judge = GreedyJudge()
+    judge = LoneJudge()
     for prompt, crowd, lone in zip(prompts, together, alone, strict=True):
         for text in {crowd, lone}:
-            near_ties += judge.check(prompt, text)
+            near_ties += judge.check_text(prompt, text)
     print(f"near ties among {20 * 64} tokens: {near_ties}")
     assert near_ties <= 2
 
