@@ -73,7 +73,7 @@ async def test_32_at_once_finish_once_each(async_client: openai.AsyncOpenAI) -> 
 
 
 async def test_greedy_text_equals_the_lone_run_and_transformers(async_client: openai.AsyncOpenAI) -> None:
-    """20 prompts of mixed length at once, alone, and by transformers; differences only where two logits nearly tie."""
+    """20 prompts of mixed length at once, every fourth alone, all by transformers: the same but for near ties."""
     prompts = [
         " ".join(f"Fact {k}: the number {k * i} is interesting." for k in range(1 + 3 * i)) for i in range(1, 21)
     ]
@@ -85,12 +85,10 @@ async def test_greedy_text_equals_the_lone_run_and_transformers(async_client: op
         return answer.choices[0].text
 
     together = await asyncio.gather(*map(complete, prompts))
-    alone = [await complete(prompt) for prompt in prompts]
-    near_ties = 0
+    alone = [await complete(prompt) for prompt in prompts[::4]]
     judge = LoneJudge()
-    for prompt, crowd, lone in zip(prompts, together, alone, strict=True):
-        for text in {crowd, lone}:
-            near_ties += judge.check_text(prompt, text)
+    answers = {*zip(prompts, together, strict=True), *zip(prompts[::4], alone, strict=True)}
+    near_ties = sum(judge.check_text(prompt, text) for prompt, text in answers)
     print(f"near ties among {20 * 64} tokens: {near_ties}")
     assert near_ties <= 2
 
