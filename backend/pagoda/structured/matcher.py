@@ -49,6 +49,15 @@ class Matcher:
         else:  # logits for fewer tokens than the tokenizer has
             row.view("uint8")[:] = bytearray(self._inner.compute_bitmask()[: row.nbytes])
         self._check(began)
+        self._bar_an_early_end(row)
+
+    def _bar_an_early_end(self, row: NDArray[np.int32]) -> None:
+        """A grammar that names tokens by number may ask for an end token where its text may not end."""
+        words = row.view("uint32")
+        open_ends = [end for end in self._eos if end < 32 * words.size and words[end // 32] >> (end % 32) & 1]
+        if open_ends and not self._inner.is_accepting():
+            for end in open_ends:
+                words[end // 32] &= ~(1 << end % 32) & 0xFFFFFFFF
 
     def accept(self, token_id: int) -> bool:
         """Go on by a token; False when the mask did not allow it, after which the request cannot go on.

@@ -120,6 +120,8 @@ def _walk(matcher: LLMatcher, vocab_size: int, eos: frozenset[int]) -> None:
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         if token is None:
+            if not matcher.is_accepting():
+                raise ValueError("no text can satisfy it")
             return
         began = budget.start()
         matcher.consume_token(token)

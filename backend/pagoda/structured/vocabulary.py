@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,14 +28,36 @@ class Vocabulary(msgspec.Struct, frozen=True):
         if not self.eos_token_ids:
             raise ValueError("the model names no end-of-text token, without which no structure can end")
         try:
-            text = (Path(self.tokenizer_folder) / "tokenizer.json").read_text(encoding="utf-8")
-        except OSError:
+            text = deaf_to_control_tokens((Path(self.tokenizer_folder) / "tokenizer.json").read_bytes())
+        except (OSError, msgspec.MsgspecError, RecursionError):
             raise ValueError("the model's folder has no readable tokenizer.json") from None
         eos = list(self.eos_token_ids)
         try:
             return LLTokenizer(text, n_vocab=self.vocab_size, eos_token=eos)
         except ValueError:  # a few tokenizers have more tokens than their model has logits
             return LLTokenizer(text, eos_token=eos)
+
+
+def deaf_to_control_tokens(tokenizer_json: bytes) -> str:
+    """The same tokenizer with control tokens of other names, which no text can spell.
+
+    llguidance tokenizes text that a grammar forces. By their own names it would take a control token for that text,
+    which then does not match.
+    """
+    spec: dict[str, Any] = msgspec.json.decode(tokenizer_json)
+    prefix = f"control-{secrets.token_hex(16)}-"
+    names = {t["content"]: f"{prefix}{t['id']}" for t in spec.get("added_tokens") or () if t.get("special")}
+    for token in spec.get("added_tokens") or ():
+        token["content"] = names.get(token["content"], token["content"])
+    model = spec.get("model") or {}
+    pieces = model.get("vocab")
+    if isinstance(pieces, dict):
+        model["vocab"] = {names.get(piece, piece): number for piece, number in pieces.items()}
+    elif isinstance(pieces, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in pieces]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return msgspec.json.encode(spec).decode()
 
 
 def open_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
@@ -54,6 +77,7 @@ _PLAIN = {
     "Too many items": "it is too ambiguous to follow",
     "consider making your grammar left-recursive": "it is too ambiguous to follow",
     "recursion limit exceeded": "it is nested too deeply",
+    "unknown special token": "it names a control token: write text, which may look like one",
 }
 MAX_REASON_CHARS = 300
 

@@ -15,9 +15,11 @@ import jsonschema
 import numpy as np
 import psutil
 import pytest
+import tokenizers
 from pagoda.errors import InvalidRequest
 from pagoda.sampling_params import Structure
 from pagoda.structured import Compiler
+from pagoda.structured.vocabulary import deaf_to_control_tokens
 from unit.structured.walk import EOS, PADDED, VOCAB, Walker, walker
 
 WALKS = 100
@@ -62,6 +64,7 @@ GBNF = """
 root ::= "yes" | "no" rest
 rest ::= " because " [a-z]+ "."
 """
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 CHOICES = ["a", "ab", 'say "yes"', "back\\slash", "日本 😀", "two\nlines", "\x7f"]
 
 
@@ -146,6 +149,50 @@ def test_tokens_of_the_padding_and_control_tokens_never_come(compiler: Compiler)
     assert len(special) > 10
     assert special & set(allowed.tolist()) == {EOS}
     assert max(allowed) < VOCAB
+
+
+CONTROL = ["<|im_end|>", "a<|im_start|>b", "<|im_end|><|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("choice", json.dumps(CONTROL), set(CONTROL)),
+        ("json_schema", json.dumps({"enum": CONTROL}), {json.dumps(text) for text in CONTROL}),
+        ("regex", r"(a<\|im_start\|>b|(<\|im_end\|>){1,2})", set(CONTROL)),
+        ("lark", f"start: {' | '.join(map(json.dumps, CONTROL))}", set(CONTROL)),
+    ],
+    ids=["choice", "json", "regex", "lark"],
+)
+def test_control_tokens_in_a_structure_are_text(compiler: Compiler, kind: str, text: str, expected: set[str]) -> None:
+    """Forced text is tokenized; a control token that it spells would not match it."""
+    paths = walker(compiler, kind, text)
+    assert {paths.walk(seed) for seed in range(WALKS)} == expected
+
+
+def test_an_end_asked_for_by_its_number_comes_only_where_it_may(compiler: Compiler) -> None:
+    paths = walker(compiler, "lark", 'start: <[0-3]> "a"')
+    matcher = paths.grammar.matcher()
+    assert paths.allowed(matcher).tolist() == [0, 1, 3]
+    assert matcher.accept(3)
+    assert matcher.accept(*paths.grammar.tokenizer.tokenize_str("a"))
+    assert paths.allowed(matcher).tolist() == [EOS]
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<u>", 0.0], ["<e>", 0.0], *([c, -1.0] for c in "<ue>a")]}
+PIECES = {"type": "BPE", "unk_token": "<u>", "vocab": {"<u>": 0, "<e>": 1, "<": 2, "u": 3, "e": 4, ">": 5, "a": 6}}
+
+
+@pytest.mark.parametrize("model", [UNIGRAM, {**PIECES, "merges": []}], ids=["unigram", "BPE"])
+def test_no_text_spells_a_renamed_control_token(model: dict[str, Any]) -> None:
+    added = [{"id": i, "content": name, "special": True, **ADDED} for i, name in enumerate(["<u>", "<e>"])]
+    spec = {"version": "1.0", "added_tokens": added, "model": model}
+    plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    deaf = tokenizers.Tokenizer.from_str(deaf_to_control_tokens(json.dumps(spec).encode()))
+    assert plain.encode("a<e>").ids == [6, 1]
+    assert deaf.encode("a<e>").ids == [6, 2, 4, 5]
+    assert deaf.encode("?").ids == plain.encode("?").ids == [0]
+    assert deaf.get_vocab_size() == plain.get_vocab_size()
 
 
 def test_a_model_with_fewer_logits_than_tokens(folder: Path) -> None:
