@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 
 from pagoda.errors import InvalidRequest
 
@@ -24,7 +25,7 @@ class StopStrings:
             raise InvalidRequest("stop must not hold an empty string. Leave it out.", field="stop")
         self.matched: str | None = None
         self._include = include
-        self._automaton = _Automaton(stops)
+        self._automaton = _automaton(tuple(stops))
         self._state = 0
         self._held = ""
 
@@ -56,8 +57,14 @@ class StopStrings:
         return text if self._include else text[: -len(stop)]
 
 
+@lru_cache(maxsize=4)
+def _automaton(stops: tuple[str, ...]) -> _Automaton:
+    """Many answers, those of a request first of all, share their stop strings: up to 16 ms and 10 MB each time."""
+    return _Automaton(stops)
+
+
 class _Automaton:
-    """States are the prefixes of the stop strings, numbered; 0 is the empty one."""
+    """States are the prefixes of the stop strings, numbered; 0 is the empty one. Never changed once made."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.next: list[dict[str, int]] = [{}]

@@ -91,3 +91,13 @@ def test_hostile_stop_strings_cost_no_more() -> None:
     for _ in range(10_000):
         stopper.push("aaaa")
     assert time.thread_time() - start < 1
+
+
+def test_the_stop_strings_of_many_answers_are_prepared_once() -> None:
+    stops = [chr(97 + n) * 1024 for n in range(16)]
+    start = time.thread_time()
+    answers = [StopStrings(stops) for _ in range(1024)]
+    assert time.thread_time() - start < 0.5
+    assert answers[0].push("x" + "a" * 1023) == ("x", False)
+    assert answers[1].push("a") == ("", False), "each answer has a place of its own in them"
+    assert answers[1].push("x") == ("ax", False)
