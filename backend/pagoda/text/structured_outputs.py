@@ -59,7 +59,7 @@ def _of_json_schema(given: Any) -> Structure:
 
 
 def _of_structured_outputs(given: dict[str, Any]) -> Structure | None:
-    asked = {key: value for key, value in given.items() if value is not None and value is not False}
+    asked = {key: value for key, value in given.items() if not _asks_for_nothing(key, value)}
     unknown = [key for key in asked if key not in _KEYS]
     if unknown:
         allowed = ", ".join(_KEYS)
@@ -67,6 +67,10 @@ def _of_structured_outputs(given: dict[str, Any]) -> Structure | None:
     if len(asked) > 1:
         raise _invalid("structured_outputs", f"must have one of its keys, not {' and '.join(asked)}")
     return next((_of_key(key, value) for key, value in asked.items()), None)
+
+
+def _asks_for_nothing(key: str, value: Any) -> bool:
+    return value is None or (key == "json_object" and value is False)
 
 
 def _of_key(key: str, value: Any) -> Structure:
