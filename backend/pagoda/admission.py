@@ -20,8 +20,7 @@ def admit(session: str, message: Generate, facts: ModelFacts) -> Request:
     )
     sampling_params.check_prompt(message.prompt_ids, vocab_size=facts.vocab_size)
     limit = sampling_params.check_length(len(message.prompt_ids), message.params, max_model_len=facts.max_model_len)
-    eos = () if message.params.ignore_eos else facts.eos_token_ids
-    stop_ids = frozenset((*eos, *message.params.stop_token_ids))
+    stop_ids = message.params.stop_ids(facts.eos_token_ids)
     return group([_member(session, message, index, limit, stop_ids) for index in range(message.n)])
 
 

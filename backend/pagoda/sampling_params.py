@@ -56,6 +56,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     prompt_logprobs: int | None = None
     structure: Structure | None = None
 
+    def stop_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """The tokens that end the output, once `min_tokens` have come."""
+        return frozenset((*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids))
+
     @property
     def edits_logits(self) -> bool:
         """True when the logits are changed before anything is drawn from them."""

@@ -49,6 +49,7 @@ class Answer:
             include_stop=ask.include_stop,
             prompt_ids=prompt.ids,
             min_tokens=ask.params.min_tokens,
+            ends=ask.params.stop_ids(model.facts.eos_token_ids),
             **shows,
         )
         self.push = DeltaReader(stream, text).push

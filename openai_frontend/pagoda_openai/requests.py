@@ -123,10 +123,16 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             "none",
         ),
     ] = None
-    include_stop_str_in_output: Annotated[bool | None, vllm("Show the stop string too.", default="false")] = None
+    include_stop_str_in_output: Annotated[
+        bool | None, vllm("Show the stop string too, or the text of the stop token.", default="false")
+    ] = None
     stop_token_ids: Annotated[
         list[int] | None,
-        vllm("Tokens that end the answer.", f"at most {bounds.MAX_STOP_TOKEN_IDS} ids of the vocabulary", "none"),
+        vllm(
+            "Tokens that end the answer, which leaves their text out.",
+            f"at most {bounds.MAX_STOP_TOKEN_IDS} ids of the vocabulary",
+            "none",
+        ),
     ] = None
     ignore_eos: Annotated[bool | None, vllm("Go on after the model's own end of text.", default="false")] = None
     skip_special_tokens: Annotated[bool | None, vllm("Leave control tokens out of the text.", default="true")] = None
@@ -223,7 +229,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
         for part in self.content:
             if part.type != "text" or part.text is None:
                 raise InvalidRequest(
-                    f"messages: content parts of type {part.type[:40]!r} are not available, only 'text'",
+                    f"messages: content parts of type {part.type[:40]!r} are not available, only 'text' with a text",
                     field="messages",
                 )
         return "".join(part.text or "" for part in self.content)

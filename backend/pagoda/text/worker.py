@@ -133,6 +133,7 @@ class TextWorker:
                 stream.abort("client_gone")
 
     def _text_of(self, prompt_ids: list[int], parameters: TextParameters) -> TextStream:
+        facts = self.session.facts
         return TextStream(
             self.tokenizer,
             stops=parameters.stop,
@@ -140,6 +141,7 @@ class TextWorker:
             skip_special_tokens=parameters.skip_special_tokens,
             prompt_ids=prompt_ids,
             min_tokens=parameters.sampling.min_tokens,
+            ends=parameters.sampling.stop_ids(facts.eos_token_ids if facts is not None else ()),
         )
 
     def _check(self, prompt_ids: list[int], parameters: TextParameters) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pagoda.text.stream import TextDelta, TextStream
@@ -51,6 +52,26 @@ def test_a_newline_of_a_byte_token_stops_at_once(llama: Tokenizer) -> None:
     newline = ids.index(3 + 0x0A)
     stream = TextStream(llama, stops=["\n"])
     assert stream.push(ids) == TextDelta("hello", newline + 1, True)
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "one two"), (True, "one two three")])
+@pytest.mark.parametrize("stops", [[], ["<end>", "three"]], ids=["no stops", "stops"])
+def test_the_token_that_ends_an_answer_counts_and_has_no_text(
+    smol: Tokenizer, stops: list[str], include: bool, text: str
+) -> None:
+    """Not even where its text would complete a stop string."""
+    ids = smol.encode("one two three")
+    stream = TextStream(smol, stops=stops, include_stop=include, ends={ids[-1]})
+    deltas = [stream.push(ids[:-1]), stream.push(ids[-1:])]
+    assert "".join([delta.text for delta in deltas]) + stream.finish() == text
+    assert deltas[-1].tokens_kept == 3
+    assert deltas[-1].stopped == (include and bool(stops))
+
+
+@pytest.mark.parametrize(("skip", "text"), [(True, "one"), (False, "one<|im_end|>")])
+def test_a_control_token_that_ends_an_answer_is_shown_with_the_others(smol: Tokenizer, skip: bool, text: str) -> None:
+    ids = smol.encode("one<|im_end|>")
+    assert TextStream(smol, skip_special_tokens=skip, ends={ids[-1]}).push(ids).text == text
 
 
 @settings(max_examples=80, deadline=None)
