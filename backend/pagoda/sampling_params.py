@@ -16,6 +16,8 @@ from pagoda.errors import InvalidRequest
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
 """Alternatives that may be asked for at each token; OpenAI's own bound."""
+MAX_PROMPT_REPORTS = 2**20
+"""Log-probabilities of prompt tokens in one answer, alternatives included: some 60 MB of JSON."""
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 64
@@ -228,7 +230,7 @@ def check_request(*, n: int = 1, priority: int = 0, timeout: float | None = None
 def check_length(num_prompt_tokens: int, params: SamplingParams, *, max_model_len: int) -> int:
     """The request's token limit, `max_tokens` or what is left of the context.
 
-    Raises InvalidRequest that says by how much prompt and output pass the context.
+    Raises InvalidRequest that says by how much prompt and output pass the context, or what makes the answer too large.
     """
     if num_prompt_tokens < 1:
         raise InvalidRequest("prompt must hold at least one token, not 0", field="prompt")
@@ -241,7 +243,26 @@ def check_length(num_prompt_tokens: int, params: SamplingParams, *, max_model_le
             field="max_tokens" if left > 0 else "prompt",
         )
     _check_order(params.min_tokens, wanted)
+    check_prompt_reports(num_prompt_tokens, params)
     return wanted
+
+
+def num_prompt_reports(num_prompt_tokens: int, params: SamplingParams) -> int:
+    """Log-probabilities that a request reports of its prompt's tokens."""
+    return 0 if params.prompt_logprobs is None else num_prompt_tokens * (1 + params.prompt_logprobs)
+
+
+def check_prompt_reports(
+    num_prompt_tokens: int, params: SamplingParams, *, n: int = 1, field: str = "prompt_logprobs"
+) -> None:
+    """`num_prompt_tokens`: of all prompts, each reported in `n` answers. Raises InvalidRequest for too many reports."""
+    count = n * num_prompt_reports(num_prompt_tokens, params)
+    if count > MAX_PROMPT_REPORTS:
+        raise InvalidRequest(
+            f"{field}={params.prompt_logprobs} makes {count} log-probabilities of {num_prompt_tokens} prompt tokens "
+            f"with n={n}; the most allowed is {MAX_PROMPT_REPORTS}: lower {field} or n",
+            field=field,
+        )
 
 
 def check_prompt(prompt_ids: list[int], *, vocab_size: int) -> None:

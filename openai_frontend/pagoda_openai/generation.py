@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from pagoda import sampling_params
 from pagoda.client import Arrivals, RequestStream
 from pagoda.errors import InvalidRequest, PagodaError
 from pagoda.protocol import Output, TokenLogprob, Usage
@@ -100,6 +101,10 @@ class Generation:
             )
         for prompt in prompts:
             model.check(prompt.ids, ask.params)
+        num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        field = "logprobs" if ask.prompt_logprobs is None else "prompt_logprobs"
+        sampling_params.check_prompt_reports(num_prompt_tokens, ask.params, n=ask.n, field=field)
+        self.num_prompt_reports = ask.n * sampling_params.num_prompt_reports(num_prompt_tokens, ask.params)
         self.created = int(time.time())
         self.id = secrets.token_hex(12)
         self.model = model

@@ -49,11 +49,11 @@ async def microseconds(generation: Generation, shape: Shape) -> float:
     stream = generation.answers[0].stream
     first, *rest = outputs(stream.id, generation.ask.params.logprobs)
     stream.put(first)
-    encode(*generation.take()[0])
+    encode(generation.take())
     began = time.perf_counter()
     for output in rest:
         stream.put(output)
-        b"".join([encode(index, delta) for index, delta in generation.take()])
+        encode(generation.take())
     seconds = time.perf_counter() - began
     generation.abort("client_gone")
     return seconds / len(rest) * 1e6

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import pagoda_openai.answer as answer_module
 import pytest
 from frontend.fake_engine import FakeEngine, logprob_of
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from pagoda.protocol import TokenLogprob
 from pagoda.text.generation import Delta
 from pagoda.text.stream import TextStream
 from pagoda.text.tokenizer import Tokenizer
-from pagoda_openai.logprobs import LogprobTrace, Placed
+from pagoda_openai.logprobs import LogprobTrace, Placed, TokenNames
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -91,6 +93,46 @@ async def test_tokens_behind_a_stop_string_are_not_reported(folder: Path, tokeni
     assert answer["choices"][0]["logprobs"]["tokens"] == ["Hello", " Paris"]
     assert answer["usage"]["completion_tokens"] == 3
     assert engine.aborts[0].tokens_kept == 3
+
+
+@pytest.mark.parametrize(("include", "shown"), [(False, "Hello"), (True, "Hello Paris")])
+async def test_a_token_that_ends_the_answer_is_reported(
+    folder: Path, tokenizer: Tokenizer, include: bool, shown: str
+) -> None:
+    """Its text is shown only when asked for."""
+    fields = {
+        "prompt": "The",
+        "logprobs": 0,
+        "stop": ["never"],
+        "stop_token_ids": tokenizer.encode(" Paris"),
+        "include_stop_str_in_output": include,
+    }
+    [choice] = (await engine_of(folder, tokenizer, "Hello Paris").post(TEXT, **fields)).json()["choices"]
+    assert choice["text"] == shown
+    assert choice["logprobs"]["tokens"] == ["Hello", " Paris"]
+    assert await streamed(engine_of(folder, tokenizer, "Hello Paris"), **fields) == (shown, choice["logprobs"])
+
+
+async def test_many_reports_are_worded_beside_the_loop(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are the same then."""
+    fields = {"prompt": [5, 260, 7], "logprobs": 1, "echo": True, "n": 2}
+    few = (await engine_of(folder, tokenizer, "Hello").post(TEXT, **fields)).json()["choices"]
+    monkeypatch.setattr(answer_module, "MANY_REPORTS", 1)
+    threads: list[str] = []
+    naming = TokenNames.echoed
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return naming(*arguments)
+
+    monkeypatch.setattr(TokenNames, "echoed", watched)
+    engine = engine_of(folder, tokenizer, "Hello")
+    assert (await engine.post(TEXT, **fields)).json()["choices"] == few
+    assert await streamed(engine, **{**fields, "n": 1}) == (few[0]["text"], few[0]["logprobs"])
+    assert len(threads) == 3
+    assert threading.main_thread().name not in threads
 
 
 async def test_a_part_of_a_character_is_named_by_its_bytes(folder: Path, tokenizer: Tokenizer) -> None:

@@ -11,6 +11,7 @@ from pagoda.sampling_params import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
+    MAX_PROMPT_REPORTS,
     MAX_STOP_TOKEN_IDS,
     RANGES,
     SamplingParams,
@@ -140,6 +141,17 @@ def test_min_tokens_must_fit_the_context_too() -> None:
     assert check_length(10, SamplingParams(min_tokens=90), max_model_len=100) == 90
     with pytest.raises(InvalidRequest, match=r"min_tokens must be at most max_tokens \(90\), not 91"):
         check_length(10, SamplingParams(min_tokens=91), max_model_len=100)
+
+
+def test_an_answer_holds_so_many_log_probabilities_of_its_prompt_and_no_more() -> None:
+    params = SamplingParams(prompt_logprobs=3, max_tokens=1)
+    assert check_length(MAX_PROMPT_REPORTS // 4, params, max_model_len=2**20) == 1
+    check_length(MAX_PROMPT_REPORTS // 4 + 1, SamplingParams(max_tokens=1), max_model_len=2**20)
+    with pytest.raises(
+        InvalidRequest, match=r"prompt_logprobs=3 makes 1048580 .* the most allowed is 1048576"
+    ) as caught:
+        check_length(MAX_PROMPT_REPORTS // 4 + 1, params, max_model_len=2**20)
+    assert caught.value.field == "prompt_logprobs"
 
 
 def test_every_number_has_a_range() -> None:

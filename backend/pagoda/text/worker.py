@@ -11,7 +11,9 @@ import contextlib
 import logging
 import secrets
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import msgspec
 import zmq
@@ -31,6 +33,8 @@ from pagoda.text.tokenizer import Tokenizer
 from pagoda.text.wire import TextAbort, TextMessage, TextReply, TextRequest, TextStart
 
 log = logging.getLogger("pagoda.text.worker")
+
+T = TypeVar("T")
 
 decode = msgspec.msgpack.Decoder(TextMessage).decode
 encode = msgspec.msgpack.Encoder().encode
@@ -125,12 +129,19 @@ class TextWorker:
         try:
             if request.stream:
                 async for new in news:
-                    await self._reply(replies.part(new))
+                    await self._reply(await self._beside(parameters, replies.part, new))
             else:
-                await self._reply(replies.whole(await gathered(news, len(streams))))
+                answers = await gathered(news, len(streams))
+                await self._reply(await self._beside(parameters, replies.whole, answers))
         finally:
             for stream in streams:
                 stream.abort("client_gone")
+
+    async def _beside(self, parameters: TextParameters, word: Callable[[T], TextReply], news: T) -> TextReply:
+        """A prompt's log-probabilities may be many, and others' requests must not wait until they are worded."""
+        if parameters.sampling.prompt_logprobs is None:
+            return word(news)
+        return await asyncio.to_thread(word, news)
 
     def _text_of(self, prompt_ids: list[int], parameters: TextParameters) -> TextStream:
         facts = self.session.facts
