@@ -155,7 +155,7 @@ def make_host(args) -> Host:
         parameters = {**json.loads(model_json.read_text("utf-8")), **parameters}
     parameters.setdefault("served_model_name", args["model_name"])
     engine_config = config.from_parameters(parameters)
-    folder = store.resolve(engine_config.model, relative_to=version_folder)
+    folder = store.prepared(store.resolve(engine_config.model, relative_to=version_folder))
     directory = Path(config.runtime_dir()) / f"server-{os.getppid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     return Host(engine_config, folder, directory, MetricsExport(pb_utils, args["model_name"], args["model_version"]))

