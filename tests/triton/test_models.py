@@ -1,0 +1,73 @@
+"""Folders of models through the real server: one with a GGUF file, and those that are refused, with the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pagoda.server import store
+from service import Service, write_model
+from test_parameters import post
+from unit.test_gguf_checkpoint import write_tiny_gguf
+
+
+def load(service: Service, name: str, verb: str = "load") -> str:
+    """What `pagoda load` says, in a line; empty when it has worked."""
+    command = [str(Path(sys.prefix) / "bin" / "pagoda"), verb, name, "--run-folder", str(service.run_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return "" if done.returncode == 0 else " ".join(done.stdout.split())
+
+
+def test_a_folder_with_a_gguf_file_is_served(calm: Service, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    write_model(calm.repository, "tiny", model=tmp_path, kv_cache_gib="0.01")
+    try:
+        assert load(calm, "tiny") == ""
+        status, answer = post(calm, model="tiny", prompt="low low", logprobs=0, ignore_eos=True)
+        assert status == 200, answer
+        assert answer["usage"]["completion_tokens"] == 8
+        assert load(calm, "tiny", "unload") == ""
+    finally:
+        shutil.rmtree(calm.repository / "tiny")
+        shutil.rmtree(store.prepared(tmp_path))
+
+
+def say(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/opened'\ntR.")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
+    "pickles": (only_pickles, {}, "pickled weights (*.bin, *.pt) are never opened: convert them"),
+    "unknown": (lambda folder: say(folder, architectures=["Own"]), {}, "'Own' is not known; known ones: Gemma2ForC"),
+    "code": (lambda folder: None, {"trust_remote_code": "true"}, "code from a model folder is never run"),
+    "shape": (lambda folder: say(folder, intermediate_size=1535), {}, "mlp.down_proj.weight (shape [576, 1536], not"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_folder_that_cannot_be_served_says_why(calm: Service, tmp_path: Path, name: str) -> None:
+    spoil, parameters, reason = REFUSED[name]
+    for file in (store.models_dir() / store.DEFAULT_MODEL).iterdir():
+        if file.suffix == ".safetensors":
+            (tmp_path / file.name).symlink_to(file)
+        else:
+            shutil.copy(file, tmp_path)
+    spoil(tmp_path)
+    write_model(calm.repository, name, model=tmp_path, **parameters)
+    try:
+        assert reason in load(calm, name)
+        assert not Path("/tmp/opened").exists()
+    finally:
+        shutil.rmtree(calm.repository / name)
+    assert calm.status("/health") == 200
