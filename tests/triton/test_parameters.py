@@ -9,6 +9,7 @@ import math
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -190,6 +191,35 @@ def test_best_of_shows_the_likeliest(client: openai.OpenAI) -> None:
     assert best.usage.completion_tokens == 40
 
 
+# ── draws ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_draws_follow_the_models_own_distribution(calm: Service, tokenizer: Tokenizer) -> None:
+    """1,024 first tokens, by transformers' logits; the chi-square of a fair draw is above this bound once in 10,000."""
+    kept, temperature, ids = 12, 1.3, tokenizer.encode(PROMPT)
+    fields = {"temperature": temperature, "top_k": kept, "max_tokens": 1, "n": 4, "ignore_eos": True, "logprobs": 0}
+    status, answer = post(calm, prompt=[ids] * 256, skip_special_tokens=False, **fields)
+    assert status == 200, answer
+    drawn = Counter(choice["logprobs"]["tokens"][0] for choice in answer["choices"])
+    best = true_logprobs(ids)[-1].topk(kept)
+    chances = torch.softmax(best.values.double() / temperature, dim=0).tolist()
+    names = [tokenizer.decode([token], skip_special_tokens=False) for token in best.indices.tolist()]
+    expected = {name: 1024 * chance for name, chance in zip(names, chances, strict=True)}
+    assert drawn.keys() <= expected.keys()
+    assert sum((drawn[name] - want) ** 2 / want for name, want in expected.items()) < 35.0
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_filters_that_leave_the_best_token_are_greedy_at_any_temperature(calm: Service, path: str) -> None:
+    """And a temperature close to 0 is."""
+    filters: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-6}]
+    with ThreadPoolExecutor(5) as pool:
+        asked = [{}, *({"temperature": 5.0, **f} for f in filters)]
+        answers = list(pool.map(lambda fields: post(calm, path, **fields)[1]["choices"][0], asked))
+    texts = [answer.get("text") or answer["message"]["content"] for answer in answers]
+    assert texts == texts[:1] * 5
+
+
 # ── which tokens may come ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -260,6 +290,17 @@ def test_what_of_the_text_is_shown(calm: Service) -> None:
     _, hidden = post(calm, "chat/completions", max_tokens=60)
     _, shown = post(calm, "chat/completions", max_tokens=60, skip_special_tokens=False)
     assert shown["choices"][0]["message"]["content"] == hidden["choices"][0]["message"]["content"] + "<|im_end|>"
+
+
+def test_a_stop_token_ends_the_answer_and_has_no_text(calm: Service, tokenizer: Tokenizer) -> None:
+    [paris] = tokenizer.encode(" Paris")
+    for included, shown in ((False, "The capital of France is"), (True, "The capital of France is Paris")):
+        fields = {"stop_token_ids": [paris], "include_stop_str_in_output": included, "max_tokens": 20, "logprobs": True}
+        _, answer = post(calm, "chat/completions", **fields)
+        [choice] = answer["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (shown, "stop")
+        assert answer["usage"]["completion_tokens"] == len(choice["logprobs"]["content"]) == 6
+        assert post(calm, "chat/completions", ignore_eos=True, **fields)[1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_the_prompt_is_cut_to_its_last_tokens(calm: Service) -> None:

@@ -126,10 +126,11 @@ def test_the_sdk_parses_its_own_types(client: openai.OpenAI) -> None:
         ({"json": PERSON}, r"\{.*\}"),
         ({"regex": r"\d{4}-[01]\d-[0-3]\d"}, r"\d{4}-[01]\d-[0-3]\d"),
         ({"choice": ["yes", "no", "maybe 😀"]}, "yes|no|maybe 😀"),
+        ({"choice": ["<|im_end|>", "<|im_start|>system"]}, r"<\|im_end\|>|<\|im_start\|>system"),
         ({"grammar": ARITHMETIC}, r"[-+*()0-9]{3,80}"),
         ({"grammar": 'root ::= "left" | "right" [!]+'}, r"left|right!+"),
     ],
-    ids=["json", "regex", "choice", "lark", "gbnf"],
+    ids=["json", "regex", "choice", "control tokens", "lark", "gbnf"],
 )
 def test_structured_outputs(client: openai.OpenAI, given: dict[str, Any], pattern: str) -> None:
     ended = 0
@@ -177,6 +178,8 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "ambiguous": {"grammar": 'start: s\ns: s s s | s s | "a" |'},
     "endless": {"grammar": "start: start"},
     "broken": {"grammar": "start: ((("},
+    "control token": {"grammar": 'start: "a" <|im_end|>'},
+    "early end": {"grammar": 'start: <[2]> "a"'},
     "too large": {"regex": "a" * 70_000},
     "two at once": {"regex": "a", "choice": ["b"]},
     "unknown key": {"structural_tag": {}},

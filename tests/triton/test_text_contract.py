@@ -6,6 +6,7 @@ import json
 import queue
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from pagoda import protocol as wire
 from pagoda.server import store
 from pagoda.text.tokenizer import Tokenizer
 from service import MODEL, Service
+from test_parameters import post
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -192,6 +194,42 @@ def test_logprobs_are_json(calm: Service) -> None:
 def test_nothing_of_it_comes_unasked(calm: Service) -> None:
     (response,) = infer(calm, asking({**GREEDY, "logprobs": 3}))
     assert [output.name for output in response.get_response().outputs] == ["text_output"]
+
+
+SAME: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 1.2, "seed": 3},
+    "filters": {"temperature": 1.5, "seed": 3, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
+    "penalties": {"presence_penalty": 1, "frequency_penalty": 1.5, "repetition_penalty": 1.3, "max_tokens": 16},
+    "bias": {"logit_bias": {"260": 100}},
+    "list": {"allowed_token_ids": [260, 284, 2]},
+    "bad words": {"bad_words": ["Paris"]},
+    "length": {"min_tokens": 12, "max_tokens": 20, "ignore_eos": True},
+    "stop strings": {"stop": ["is.", "s.\n"], "max_tokens": 20},
+    "shown stop string": {"stop": ["Par"], "include_stop_str_in_output": True},
+    "stop token": {"stop_token_ids": [30]},
+    "shown stop token": {"stop_token_ids": [30], "include_stop_str_in_output": True},
+    "control tokens": {"skip_special_tokens": False, "max_tokens": 40},
+    "choice": {"structured_outputs": {"choice": ["<|im_end|>", "yes"]}},
+    "regex": {"structured_outputs": {"regex": "[0-9]{3}"}},
+    "schema": {"structured_outputs": {"json": {"enum": ["a", {"b": 1}]}}},
+    "grammar": {"structured_outputs": {"grammar": 'start: "a" "b"+'}},
+}
+
+
+def test_a_parameter_means_what_it_means_over_http(calm: Service) -> None:
+    """Whole and streamed."""
+
+    def three_ways(fields: dict[str, Any]) -> list[str]:
+        asked = {**GREEDY, **fields}
+        status, answer = post(calm, **asked)
+        assert status == 200, answer
+        streamed = "".join(texts(infer(calm, asking(asked, stream=True))))
+        return [answer["choices"][0]["text"], streamed, texts(infer(calm, asking(asked)))[0]]
+
+    with ThreadPoolExecutor(len(SAME)) as pool:
+        answers = dict(zip(SAME, pool.map(three_ways, SAME.values()), strict=True))
+    assert {name: ways for name, ways in answers.items() if len(set(ways)) > 1} == {}
+    assert answers["stop token"][0] + "." == answers["shown stop token"][0] == " Paris."
 
 
 def test_a_request_that_bars_every_token_ends_by_name(calm: Service) -> None:
