@@ -59,7 +59,7 @@ class StopStrings:
 
 @lru_cache(maxsize=4)
 def _automaton(stops: tuple[str, ...]) -> _Automaton:
-    """Many answers, those of a request first of all, share their stop strings: up to 16 ms and 10 MB each time."""
+    """Many answers, those of a request first of all, share their stop strings: up to 16 ms and 4 MB each time."""
     return _Automaton(stops)
 
 
