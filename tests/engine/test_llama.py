@@ -69,7 +69,7 @@ def test_scaled_rotations_equal_transformers(tmp_path: Path, kind: str) -> None:
     expected = Paged(tmp_path).prefill(PROMPT, 64)
     config = hf_config.load(tmp_path)
     plain = msgspec.structs.replace(config, rope=Rope(config.rope.theta, config.rope.size))
-    assert difference(Paged(tmp_path, config=plain).prefill(PROMPT, 64), expected) > 100 * TOLERANCE
+    assert difference(Paged(tmp_path, config=plain).prefill(PROMPT, 64), expected) > 300 * TOLERANCE
 
 
 def test_a_dynamic_base_is_that_of_the_longest_context(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def assert_means(model: PreTrainedModel, folder: Path, numbers: dict[str, Tensor
     expected = expected_logits(meaning(model, numbers, form), PROMPT + tokens[:-1])
     error = difference(got, expected)
     print(f"{form.name}: products within {max(errors.worst.values()):.1e}, logits within {error:.1e}")
-    assert max(errors.worst.values()) < TOLERANCE / 10
+    assert max(errors.worst.values()) < 1e-5
     assert error < (FP8_TOLERANCE if form.rounds_inputs else TOLERANCE)
     scores = expected[len(PROMPT) - 1 :]
     likeliest, second = scores.topk(2).values.unbind(dim=1)
@@ -307,7 +307,7 @@ def test_biases_that_gptq_adds_are_read(tmp_path: Path, plain: Path) -> None:
     assert torch.equal(paged.prefill(PROMPT, 64), expected)
     assert all(layer._bias is None for layer in paged.model.modules() if isinstance(layer, Linear))
     change(tmp_path, {f"{LAYER}mlp.down_proj.bias": torch.ones(128)})
-    assert difference(Paged(tmp_path).prefill(PROMPT, 64), expected) > 100 * TOLERANCE
+    assert difference(Paged(tmp_path).prefill(PROMPT, 64), expected) > 300 * TOLERANCE
 
 
 def test_inputs_in_another_order_are_refused(tmp_path: Path, plain: Path) -> None:
