@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from pagoda import hf_config
 from pagoda.bench import determinism, host, loads, machine, offline
 from pagoda.bench.alone import Alone
 from pagoda.bench.cli import app
@@ -18,6 +19,7 @@ from pagoda.plan import Chunk, Plan
 from pagoda.request import Request
 from pagoda.sampling_params import SamplingParams
 from pagoda.storage import choice
+from pagoda.text.tokenizer import Tokenizer
 from typer.testing import CliRunner
 
 HIDDEN, INNER, LAYERS, VOCAB, KV = 64, 96, 2, 300, 32
@@ -163,6 +165,17 @@ def test_what_the_machine_can_do_is_measured_on_a_cpu(folder: Path, settings: En
     assert found.bandwidth > 1e8
     assert found.matrix_rate > 1e8
     assert found.products == {}
+
+
+def test_a_shape_can_be_written_to_be_served(tmp_path: Path) -> None:
+    written = CliRunner().invoke(app, ["shape", "llama-3.1-8b", str(tmp_path / "made")])
+    assert written.exit_code == 0, written.output
+    tokenizer = Tokenizer.from_folder(tmp_path / "made")
+    assert hf_config.load(tmp_path / "made").vocab_size == 128256 > max(tokenizer.encode("zebra"))
+    assert tokenizer.decode([128255])
+    ids = tokenizer.encode("Pagoda serves 塔.")
+    assert tokenizer.decode(ids) == "Pagoda serves 塔."
+    assert CliRunner().invoke(app, ["shape", "llama-9", str(tmp_path)]).exit_code == 2
 
 
 def test_products_of_other_rows_lie_between_the_measured_ones_or_in_proportion_beyond() -> None:

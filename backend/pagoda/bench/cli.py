@@ -216,6 +216,17 @@ def _offline_table(results: list[Result]) -> Table:
 
 
 @app.command()
+def shape(
+    name: Annotated[str, typer.Argument(help=", ".join(shapes.SHAPES))],
+    folder: Annotated[Path, typer.Argument(help="Is made if it does not exist.")],
+) -> None:
+    """Write a model's config.json and a made-up tokenizer, to be served with --set load_format=dummy."""
+    if name not in shapes.SHAPES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(shapes.SHAPES)}", param_hint="name")
+    shapes.write_servable(name, folder)
+
+
+@app.command()
 def prefix(model: Model = store.DEFAULT_MODEL, parameters: Parameters = None, json_file: JsonFile = None) -> None:
     """A shared system prompt of 512 tokens, with prefix caching and without: first token and throughput."""
     from pagoda.bench.alone import Alone
