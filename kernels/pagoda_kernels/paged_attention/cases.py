@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -146,27 +146,38 @@ CASES = (
 
 
 def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
-    """Decodes against the reference; fresh prompts against PyTorch's attention on contiguous tensors."""
+    """Decodes against the reference; fresh prompts against PyTorch's attention on contiguous tensors.
+
+    On a GPU short decodes are launched as the engine's CUDA graphs launch them: for contexts of up to `bound`.
+    """
     model, lengths = bench_model(device), random.Random(0)
-    many, short, long, prompts = (
-        (256, (256, 1024), 8192, ((8, 2048), (1, 16384)))
+    many, varied, short, bound, long, prompts = (
+        (256, (256, 1024), ((1, 512), (8, 512), (64, 512)), 2048, 8192, ((8, 2048), (1, 16384)))
         if device.type == "cuda"
-        else (32, (16, 400), 2048, ((1, 256),))
+        else (32, (16, 400), ((1, 128),), 0, 2048, ((1, 256),))
     )
-    ragged = [lengths.randint(*short) for _ in range(many)]
-    yield _decode_load(model, device, f"{many} decodes of {short[0]} to {short[1]}", ragged)
+    ragged = [lengths.randint(*varied) for _ in range(many)]
+    yield _decode_load(model, device, f"{many} decodes of {varied[0]} to {varied[1]}", ragged)
+    for count, length in short:
+        yield _decode_load(model, device, f"{count} x {length} decode", [length] * count, bound=bound)
     for count in (1, 4):
         yield _decode_load(model, device, f"{count} x {long} decode", [long] * count)
     shared = long // 8
     yield _decode_load(model, device, f"{many} decodes, {shared} shared + 64", [shared + 64] * many, shared)
+    yield _decode_load(model, device, f"{many} decodes, {shared} + 64, nothing shared", [shared + 64] * many)
     for count, length in prompts:
         yield _prompt_load(model, device, count, length)
 
 
-def _decode_load(model: BenchModel, device: torch.device, name: str, contexts: list[int], shared: int = 0) -> BenchLoad:
+def _decode_load(
+    model: BenchModel, device: torch.device, name: str, contexts: list[int], shared: int = 0, bound: int = 0
+) -> BenchLoad:
     def make(ops: Ops, seed: int) -> Calls:
         inputs = _bench_inputs(model, device, [(1, c) for c in contexts], len(contexts), seed, shared)
-        return Calls(lambda: inputs.run(ops.paged_attention), lambda: inputs.run(reference.paged_attention))
+        launched = inputs
+        if bound:
+            launched = replace(inputs, batch=replace(inputs.batch, context_lens_host=[bound] * len(contexts)))
+        return Calls(lambda: launched.run(ops.paged_attention), lambda: inputs.run(reference.paged_attention))
 
     positions = sum(contexts) - shared * (len(contexts) - 1 if shared else 0)
     moved = 2 * (positions * model.kv_heads + len(contexts) * model.heads) * model.head_size * model.dtype.itemsize
