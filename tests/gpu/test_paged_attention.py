@@ -93,6 +93,26 @@ def test_gathered_chunks_agree_with_the_reference(case: Case, device: str) -> No
     compare(call.out[chunks], expected[chunks], 5e-3, 1e-3)
 
 
+@pytest.mark.parametrize(
+    "requests",
+    [
+        ((1, 300), (1, 1), (1, 70)),
+        pytest.param(((1, 8000),), marks=pytest.mark.native),
+        pytest.param(((1, 700),) * 30, marks=pytest.mark.native),
+    ],
+    ids=["short", "long", "many"],
+)
+def test_parts_are_added_in_one_order(requests: tuple[tuple[int, int], ...], device: str) -> None:
+    """Whichever program comes last; and a batch serves many layers."""
+    from pagoda_kernels.paged_attention import kernel
+
+    inputs = Case("parts", requests, len(requests), num_heads=8, num_kv_heads=2).make(device=device)
+    expected = inputs.run(kernel.paged_attention)
+    compare(expected, inputs.run(reference.paged_attention), 1e-5)
+    for _ in range(2 if device == "cpu" else 50):
+        assert torch.equal(inputs.run(kernel.paged_attention), expected)
+
+
 def test_q_may_be_a_view_of_a_fused_tensor(device: str) -> None:
     from pagoda_kernels.paged_attention import kernel
 
@@ -126,9 +146,9 @@ def test_the_hosts_contexts_may_be_upper_bounds(device: str) -> None:
 
 @pytest.mark.parametrize(("programs", "context"), [(1, 1), (1, 10**6), (8, 8192), (2048, 1024), (10**5, 10**6)])
 def test_splits_are_bounded(programs: int, context: int) -> None:
-    from pagoda_kernels.paged_attention import decode
+    from pagoda_kernels.paged_attention import decode_plan
 
-    splits = decode.plan_splits(programs, 1, context)
+    splits = decode_plan.plan_splits(programs, 1, context)
     assert 1 <= splits.most <= 128
     assert (splits.most - 1) * splits.tokens < context
 

@@ -24,7 +24,7 @@ from pagoda.scheduler import Scheduler
 
 GROUPS = (
     ("sampling", r"^_tiles|^_largest|^_pick|^_search|^_settle|sample|argmax"),
-    ("attention", r"attention|^_decode|^_combine|^_prefill|embedding_bag|bmm|softmax"),
+    ("attention", r"attention|^_decode|^_add_apart|^_prefix|^_prefill|^_gather|embedding_bag|bmm|softmax"),
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|matrix_vector|linear|mm$|mkldnn"),
     ("norms", r"norm"),
     ("rotary, cache write", r"rotary"),

@@ -13,6 +13,10 @@ Prepared = TypeVar("Prepared")
 class AttentionBatch:
     """The R requests of a step, decodes first. Made once a step, read by every layer, never changed.
 
+    An op may read these tensors, and the cache's entries of earlier steps, while the kernel just ahead of it is still
+    running (early_launch.py): they must have been written before some kernel ahead that was launched the ordinary way,
+    as the model's embedding is.
+
     Raises ValueError if the host lists contradict each other.
     """
 

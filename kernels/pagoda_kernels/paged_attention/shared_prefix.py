@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .call import Call, Tiles
+from .parts import Parts
 from .tile import add_tile, cached_tile, load_queries, nothing_seen
 
 # Programs that fill the chip, two for each multiprocessor of an H100 or H200, and the fewest positions of a part.
@@ -27,16 +27,6 @@ class Prefix:
 
     tokens: int
     parts: int
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """Results over parts of the positions, still to be combined."""
-
-    outputs: Tensor
-    """[B, Hq, parts, D] float32: weighted means of the values."""
-    sums: Tensor
-    """[B, Hq, parts] float32: the logarithms to base 2 of the sums of their weights."""
 
 
 def prefix_tiles(call: Call) -> Tiles:
