@@ -101,7 +101,7 @@ def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
 
         return BenchLoad(name, make, moved, bounds=(1e-5, 1e-5))
 
-    # A touched logit costs a sector of 32 bytes each way, and its pair 8 or 12 bytes; a mask a bit a token, and a store
-    # to the two thirds of the rows that have one.
+    # A touched logit costs a sector of 32 bytes each way, and its pair 8 or 12 bytes. A mask costs a bit a token and,
+    # as a random one excludes a part of every sector, the two thirds of the rows that have one are read and written.
     yield load(f"{requests} rows, 500 seen and 20 biased", seen, requests * 520 * (64 + 12))
-    yield load(f"{requests} rows, masks", masked, requests * vocabulary * 2 // 3 * 4 + requests * vocabulary // 8)
+    yield load(f"{requests} rows, masks", masked, requests * vocabulary * 2 // 3 * 8 + requests * vocabulary // 8)
