@@ -9,7 +9,7 @@ from pagoda_kernels.testing import PoisonedEmpty, compare
 LLAMA = tuple(
     pytest.param(Case(f"llama_{rows}_{outputs}_{groups}", rows, groups, outputs), marks=pytest.mark.native)
     for outputs, groups in ((6144, 32), (28672, 32), (4096, 112))
-    for rows in (1, 2, 16, 17, 64, 100, 300)
+    for rows in (1, 2, 16, 17, 64, 100, 256, 300)
 )
 
 

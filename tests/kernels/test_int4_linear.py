@@ -6,7 +6,7 @@ import pytest
 import torch
 from pagoda_kernels.int4_linear import GROUP, Int4Linear, Int4Weight, PackInt4Linear, cpu, reference
 from pagoda_kernels.int4_linear.cases import CASES, Case, random_weight
-from pagoda_kernels.int4_linear.layout import pack_scales, pack_words
+from pagoda_kernels.int4_linear.layout import pack_codes, pack_scales
 from pagoda_kernels.int4_linear.layouts import (
     PublishedInt4,
     from_awq,
@@ -111,15 +111,16 @@ def test_the_quantiser_is_within_half_a_step() -> None:
     compare(numbers(quantised)[4, :GROUP].float(), weight[4, :GROUP], 1e-3)
 
 
-def test_the_cuda_layout_puts_a_group_in_the_same_bits_of_128_words() -> None:
-    weight = random_weight(8, 11 * GROUP, "cpu", 0)
-    words, scales = pack_words(weight), pack_scales(weight)
-    assert words.shape == (8, 2 * 128)
-    assert torch.equal((words[:, 128:] >> 8) & 15, weight.codes[:, 10 * GROUP :].int())
-    assert scales.shape == (16, 8)
-    assert torch.equal(scales[10] >> 16, weight.zeros[:, 10].int())
-    assert torch.equal(scales[10].to(torch.int16).view(torch.float16), weight.scales[:, 10])
-    assert (scales[11:] == 0).all()
+def test_the_cuda_layout_puts_a_group_in_the_same_bits_of_128_elements() -> None:
+    weight = random_weight(8, 6 * GROUP, "cpu", 0)
+    codes, scales = pack_codes(weight), pack_scales(weight)
+    assert codes.dtype == torch.int16
+    assert codes.shape == (8, 2 * 128)
+    assert torch.equal((codes[:, 128:].int() >> 4) & 15, weight.codes[:, 5 * GROUP :].int())
+    assert scales.shape == (8, 8)
+    assert torch.equal(scales[5] & 15, weight.zeros[:, 5].int())
+    assert torch.equal((scales[5] & -16).view(torch.float32), weight.scales[:, 5].float())
+    assert (scales[6:] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ CASES = (
 
 
 def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
-    """The model's matrices, with one row, few rows and a decode batch, beside a product in the model's own dtype."""
+    """The model's matrices, with one row, few rows and decode batches, beside a product in the model's own dtype."""
     model = bench_model(device)
 
     def load(rows: int, out_features: int, in_features: int) -> BenchLoad:
@@ -93,4 +93,4 @@ def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
 
     # SmolLM2's 576 inputs are no whole groups: on a CPU only its down projection could be int4.
     shapes = [matrix for matrix in matrices(model) if matrix[1] % GROUP == 0]
-    return (load(rows, *matrix) for rows in (1, 16, 64) for matrix in shapes)
+    return (load(rows, *matrix) for rows in (1, 16, 64, 256) for matrix in shapes)
