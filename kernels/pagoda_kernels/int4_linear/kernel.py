@@ -5,7 +5,7 @@ The five matrices of Llama-3.1-8B, all 129 products on an H100, µs (reading the
 | rows | this | bf16 cuBLAS |
 | --- | --- | --- |
 | 1 | 1720 | 5590 |
-| 16 | 2320 | 5670 |
+| 16 | 2260 | 5670 |
 | 64 | 3690 | 5870 |
 | 128 | 5600 | 6150 |
 | 256 | 9630 | 6980 |

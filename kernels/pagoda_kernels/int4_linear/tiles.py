@@ -53,16 +53,18 @@ class Tile:
 # Of a H200.
 _MULTIPROCESSORS = 132
 _MOST_SPLITS = 8
-# For up to so many rows; the second where it has tiles for most of the multiprocessors without a split: it reads x less
-# often. Two warps get the tensor cores' older instructions, which wait for nobody: best while rows are few.
-_FEW = Tile(64, 16, 64, stages=4, warps=2, programs=4, scales_codes=False)
+# For up to so many rows: a tile, and one for products with enough tiles of its kind for two thirds of the
+# multiprocessors. Two warps use the tensor cores' older instructions, which wait for no other warp: best with few rows.
 _TILES = {
-    16: (_FEW, _FEW),
-    32: (Tile(128, 32, 64, stages=3, warps=4, programs=2), Tile(128, 32, 64, stages=3, warps=4, programs=2)),
-    64: (Tile(128, 64, 64, stages=3, warps=8), Tile(256, 64, 64, stages=3, warps=8)),
-    256: (Tile(256, 64, 64, stages=3, warps=8), Tile(256, 128, 64, stages=2, warps=8)),
+    8: (Tile(64, 8, 128, 3, warps=2, programs=4, scales_codes=False),) * 2,
+    16: (
+        Tile(64, 16, 64, 4, warps=2, programs=4, scales_codes=False),
+        Tile(64, 16, 128, 2, warps=2, programs=4, scales_codes=False),
+    ),
+    32: (Tile(128, 32, 64, 3, warps=4, programs=2),) * 2,
+    64: (Tile(128, 64, 64, 3, warps=8), Tile(256, 64, 64, 3, warps=8)),
+    256: (Tile(256, 64, 64, 3, warps=8), Tile(256, 128, 64, 2, warps=8)),
 }
-_MOST_MULTIPROCESSORS = 100
 MOST_ROWS = max(_TILES)
 ARRIVALS = 4 * _MULTIPROCESSORS
 """Tiles of a product that is split: there are never more."""
@@ -86,7 +88,7 @@ _TIMES_FP16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 def choose_tile(rows: int, out_features: int) -> Tile:
     """Return the tile for a product of 2 to MOST_ROWS rows."""
     few, many = next(tiles for most, tiles in _TILES.items() if rows <= most)
-    return many if many.count(out_features, rows) >= _MOST_MULTIPROCESSORS else few
+    return many if 3 * many.count(out_features, rows) >= 2 * _MULTIPROCESSORS else few
 
 
 def tiled_product(x: Tensor, packed: PackedInt4Weight, bias: Tensor | None, tile: Tile) -> Tensor:

@@ -18,8 +18,8 @@ from ..early_launch import launches_early
 from . import PackedInt4Weight
 from .layout import BLOCK
 
-# A thread has 16 inputs of each of a block's four groups, for each output; a warp has four blocks. Eight outputs would
-# save a tenth of the instructions, and need all registers.
+# A thread has 16 inputs of each of a block's four groups, for each output; a warp has four blocks. Eight outputs save a
+# tenth of the instructions, but fill the registers: 1930 instead of 1770 µs for Llama-3.1-8B's matrices on an H100.
 _OUTPUTS = 4
 _WARPS = 2
 
