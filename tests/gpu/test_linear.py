@@ -14,9 +14,9 @@ VECTORS = (
 _ROWS = {
     (6144, 4096): (1, 2, 16, 17),
     (4096, 4096): (1, 2, 16, 17, 33, 64, 65),
-    (28672, 4096): (1, 16, 64),
+    (28672, 4096): (1, 16, 32, 64),
     (4096, 14336): (1, 16, 64),
-    (128256, 4096): (1, 64),
+    (128256, 4096): (1, 64, 128),
 }
 LLAMA = tuple(
     pytest.param(Case(f"llama_{rows}_{outputs}_{inputs}", rows, inputs, outputs), marks=pytest.mark.native)
@@ -90,3 +90,26 @@ def test_splits_need_their_counters(device: str) -> None:
     x, weight = torch.zeros(4, 64, device=device), torch.zeros(128, 64, device=device)
     with pytest.raises(ValueError, match="hold 2 counters for 2 splits"):
         tiled_product(x, weight, None, Tile(64, 16, 32, stages=2, splits=2), x.dtype)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("rows", [1, 2, 16, 32, 64])
+def test_each_product_waits_for_the_one_before(rows: int) -> None:
+    """A chain of products that start early, in a CUDA graph, has the bits of one that is waited for at each link."""
+    from pagoda_kernels.linear import kernel
+
+    weights = [torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(12)]
+    packed = [kernel.pack_linear(weight) for weight in weights]
+    x = expected = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    for weight in packed:
+        expected = kernel.linear(expected, weight)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = x
+        for weight in packed:
+            actual = kernel.linear(actual, weight)
+    for _ in range(20):
+        actual.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(actual, expected)

@@ -1,16 +1,20 @@
-"""linear on CUDA: our own products for up to 64 rows, cuBLAS for the rest.
+"""linear on CUDA: our own products for up to 64 rows and for the head's 128, cuBLAS for the rest.
 
-The five matrices of Llama-3.1-8B in bfloat16, all 129 products in one CUDA graph on an H200, µs (reading the weights
-once takes 3350):
+The five matrices of Llama-3.1-8B in bfloat16, all 129 products in one CUDA graph on an H100, ms (reading the weights
+once takes 4.81):
 
-| rows | ours | cuBLAS | |
-| --- | --- | --- | --- |
-| 1 | 3372 | 3916 | vector.py, all matrices |
-| 16 | 3887 | 3983 | tiles.py, all matrices |
-| 32 | 3950 | 4074 | tiles.py, and cuBLAS for gate_up |
-| 64 | 4136 | 4169 | tiles.py, and cuBLAS for gate_up |
-| 128 | 4530 | 4505 | the best of tiles.py and cuBLAS for each matrix: left to cuBLAS |
-| 256 | 6786 | 6761 | the same |
+| rows | ours | cuBLAS |
+| --- | --- | --- |
+| 1 | 4.79 | 5.53 |
+| 2 | 5.18 | 5.54 |
+| 8 | 5.21 | 5.59 |
+| 16 | 5.27 | 5.65 |
+| 32 | 5.45 | 5.67 |
+| 64 | 5.58 | 5.76 |
+| 128 | 6.05 | 6.07 |
+
+With more rows, tiles of our own are at best as fast as cuBLAS, also persistent ones of 128 x 256 outputs: at 8192 rows
+both are bound by the power that the card may draw.
 """
 
 import torch
@@ -23,13 +27,19 @@ from .vector import matrix_vector
 
 __all__ = ["linear", "pack_linear"]
 
-# A program takes one multiprocessor's shared memory, 160 to 200 KiB.
-_TILES = (Tile(64, 16, 256, stages=5), Tile(64, 32, 128, stages=7), Tile(64, 64, 128, stages=6))
+# By rows: the tile for matrices of few tiles, how many are few, and the tile for larger matrices. A program of few
+# takes a multiprocessor's shared memory, 160 to 200 KiB; two of the larger ones' share it, where that pays.
+_TILES = {
+    16: (Tile(64, 16, 256, stages=5), 66, Tile(64, 16, 256, stages=3)),
+    32: (Tile(64, 32, 256, stages=4), 132, Tile(64, 32, 128, stages=4)),
+    64: (Tile(64, 64, 128, stages=6), 132, Tile(64, 64, 128, stages=3)),
+}
+# For up to 128 rows, where many waves hide the last one's idle part: of Llama's matrices the head's.
+_WIDE = Tile(128, 128, 64, stages=3, warps=8)
 
 # Weights below this many elements (a quarter of the smallest measured) are cuBLAS's, which splits their inputs.
 _LARGE = 2**22
-# Tiles beyond one wave over a H200's multiprocessors are worth it only when many waves hide the last one's idle part.
-_ONE_WAVE, _MANY_WAVES = 132, 8 * 132
+_MANY_WAVES = 4 * 132
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -55,9 +65,12 @@ def _suits(x: Tensor, packed: PackedWeight) -> bool:
 def _tile(x: Tensor, packed: PackedWeight) -> Tile | None:
     """Return the tile for these sizes, None where cuBLAS is as fast."""
     rows = x.shape[0]
-    tile = next((tile for tile in _TILES if 2 <= rows <= tile.rows), None)
-    if tile is None or not _suits(x, packed) or not can_tile(x) or packed.data.numel() < _LARGE:
+    if rows < 2 or not _suits(x, packed) or not can_tile(x) or packed.data.numel() < _LARGE:
         return None
-    if rows > 16 and _ONE_WAVE < tile.count(packed.out_features, rows) < _MANY_WAVES:
+    if not has_copy_engine(x.device):
         return None
-    return tile if has_copy_engine(x.device) else None
+    for most, (deep, few, tile) in _TILES.items():
+        if rows <= most:
+            return deep if deep.count(packed.out_features, rows) <= few else tile
+    fits = rows <= _WIDE.rows and _WIDE.count(packed.out_features, rows) >= _MANY_WAVES
+    return _WIDE if fits else None
