@@ -34,6 +34,8 @@ from .rotary_kv_write import RotaryKvWrite
 from .rotary_kv_write import cpu as rotary_kv_write_cpu
 from .sampling import Sample
 from .sampling import cpu as sampling_cpu
+from .silu_linear import SiluLinear
+from .silu_linear import cpu as silu_linear_cpu
 from .silu_mul import SiluMul
 from .silu_mul import reference as silu_mul_reference
 
@@ -59,6 +61,7 @@ class Ops:
     paged_attention: PagedAttention
     pack_linear: PackLinear
     linear: Linear
+    silu_linear: SiluLinear
     pack_fp8_linear: PackFp8Linear
     fp8_linear: Fp8Linear
     pack_int4_linear: PackInt4Linear
@@ -105,6 +108,7 @@ def _cpu_ops() -> Ops:
         paged_attention=paged_attention_cpu.paged_attention,
         pack_linear=linear_cpu.pack_linear,
         linear=linear_cpu.linear,
+        silu_linear=silu_linear_cpu.silu_linear,
         pack_fp8_linear=fp8_linear_cpu.pack_fp8_linear,
         fp8_linear=fp8_linear_cpu.fp8_linear,
         pack_int4_linear=int4_linear_cpu.pack_int4_linear,
@@ -129,6 +133,7 @@ def _batch_invariant_ops() -> Ops:
         paged_attention=invariant.paged_attention,
         pack_linear=products.pack_linear,
         linear=products.linear,
+        silu_linear=products.silu_linear,
         pack_fp8_linear=fp8_linear_cpu.pack_fp8_linear,
         fp8_linear=invariant.fp8_linear,
         pack_int4_linear=int4_linear_cpu.pack_int4_linear,
@@ -153,6 +158,7 @@ def _cuda_ops() -> Ops:
         paged_attention=_kernel("paged_attention", "paged_attention"),
         pack_linear=_kernel("pack_linear", "linear"),
         linear=_kernel("linear", "linear"),
+        silu_linear=_kernel("silu_linear", "silu_linear"),
         pack_fp8_linear=_kernel("pack_fp8_linear", "fp8_linear"),
         fp8_linear=_kernel("fp8_linear", "fp8_linear"),
         pack_int4_linear=_kernel("pack_int4_linear", "int4_linear"),

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from ..linear import PackedWeight
 from ..linear import cpu as plain
+from .rows import silu_mul
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Tiles that are tried. Small ones spare a lone request, large ones a prefill."""
@@ -47,6 +48,10 @@ class Products:
             return x.new_empty(0, packed.out_features)
         product = products[0] if len(products) == 1 else torch.cat(products)
         return product if bias is None else product.add_(bias)
+
+    def silu_linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+        """See SiluLinear. A row's bits depend on that row, the weight and the bias alone."""
+        return silu_mul(self.linear(x, packed, bias))
 
     def grouped_linear(self, x: Tensor, weight: Tensor, expert_starts: Tensor) -> Tensor:
         """See GroupedLinear. A row's bits depend on that row and its expert's weight alone."""
