@@ -17,7 +17,7 @@ from torch import nn
 from pagoda import rope
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
-from pagoda.storage.scheme import Field, Plain, Product, Scheme
+from pagoda.storage.scheme import Field, Plain, PlainProduct, Product, Scheme
 from pagoda.transfer import upload
 
 
@@ -144,6 +144,12 @@ class Linear(Layer):
         """x [T, in] to [T, out]."""
         assert self._product is not None, "prepare() comes before forward()"
         return self._product(x, bias=self._bias)
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, [T, out / 2], for this layer's y = [gate | up]: one operation where the weight is plain."""
+        if isinstance(self._product, PlainProduct):
+            return self._product.silu(x, bias=self._bias)
+        return self._ops.silu_mul(self(x))
 
 
 class GroupedLinear(Layer):

@@ -43,10 +43,11 @@ class LlamaMLP(nn.Module):
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         self.gate_up_proj = Linear(config.hidden_size, parts, ops, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, ops, bias=config.mlp_bias)
-        self._activate = ops.silu_mul if config.activation == "silu" else ops.gelu_mul
+        self._gelu_mul = None if config.activation == "silu" else ops.gelu_mul
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self._activate(self.gate_up_proj(x)))
+        gated = self._gelu_mul(self.gate_up_proj(x)) if self._gelu_mul else self.gate_up_proj.silu(x)
+        return self.down_proj(gated)
 
 
 class LlamaLayer(nn.Module):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
-from pagoda_kernels import Ops
+from pagoda_kernels import Ops, PackedWeight
 from torch import Tensor, nn
 
 
@@ -53,6 +52,21 @@ class Scheme(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class PlainProduct:
+    """The product of a plain weight, which other operations than `linear` can take, too."""
+
+    ops: Ops
+    packed: PackedWeight
+
+    def __call__(self, x: Tensor, *, bias: Tensor | None) -> Tensor:
+        return self.ops.linear(x, self.packed, bias)
+
+    def silu(self, x: Tensor, *, bias: Tensor | None) -> Tensor:
+        """silu(gate) * up, [T, out / 2], for the product [gate | up]."""
+        return self.ops.silu_linear(x, self.packed, bias)
+
+
 class Plain:
     """Numbers of the model's type."""
 
@@ -63,7 +77,7 @@ class Plain:
         tensors["weight"].normal_(0.0, deviation, generator=generator)
 
     def pack(self, tensors: Mapping[str, Tensor], parts: Sequence[int], ops: Ops) -> Product:
-        return partial(ops.linear, packed=ops.pack_linear(tensors["weight"]))
+        return PlainProduct(ops, ops.pack_linear(tensors["weight"]))
 
 
 class Tied:
@@ -81,4 +95,4 @@ class Tied:
     def pack(self, tensors: Mapping[str, Tensor], parts: Sequence[int], ops: Ops) -> Product:
         weight = self._source.weight
         assert isinstance(weight, nn.Parameter)
-        return partial(ops.linear, packed=ops.pack_linear(weight.data))
+        return PlainProduct(ops, ops.pack_linear(weight.data))
