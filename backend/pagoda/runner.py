@@ -133,7 +133,6 @@ class Runner:
             for chunks in trials.kinds_of_draws(config.max_num_seqs):
                 logits = torch.zeros(len(chunks), self._vocab_size, dtype=self.dtype, device=self.device)
                 self.sampler.launch(chunks, wishes.of(chunk.request for chunk in chunks), logits)
-        self.rows.last_tokens.zero_()  # nothing was drawn
         log.info("kernels compiled in %.1f s", time.monotonic() - began)
         self._run_largest(config, max_model_len)
 

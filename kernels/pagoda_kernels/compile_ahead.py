@@ -12,6 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
 # LLVM, the assembler and the C compiler of the launchers work outside Python's lock; what precedes them does not.
 _MOST_THREADS = 16
 
@@ -29,9 +33,19 @@ def _loaded(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return kernel
 
 
+class _Zeros(TorchFunctionMode):
+    """New memory holds zeros, so that what reads a kernel's result, an index perhaps, finds something valid."""
+
+    _SOURCES = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.zero_() if func in self._SOURCES else result
+
+
 @contextmanager
 def compiling_ahead() -> Iterator[None]:
-    """Within, kernels that are called are compiled, side by side, and not run: what they would write is undefined.
+    """Within, kernels that are called are compiled, side by side, and not run: what they would write stays zero.
 
     At the end all are ready, or the first error of a compilation is raised. For one thread at a time.
     """
@@ -49,7 +63,7 @@ def compiling_ahead() -> Iterator[None]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **options)
 
-    with _Compilers(min(_MOST_THREADS, os.cpu_count() or 1), "compiler") as compilers, Mode(compilers):
+    with _Compilers(min(_MOST_THREADS, os.cpu_count() or 1), "compiler") as compilers, Mode(compilers), _Zeros():
         JITFunction.run = compile_only
         try:
             yield
