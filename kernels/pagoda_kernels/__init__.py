@@ -13,7 +13,7 @@ from .linear import PackedWeight
 from .logits_edit import AllowedTokens, Bias, LogitsEdits, Penalties
 from .logprobs import TopLogprobs
 from .paged_attention import AttentionBatch
-from .sampling import SamplingBatch, uniform
+from .sampling import SamplingBatch, uniforms
 
 __all__ = [
     "AllowedTokens",
@@ -28,5 +28,5 @@ __all__ = [
     "TopLogprobs",
     "compiling_ahead",
     "for_device",
-    "uniform",
+    "uniforms",
 ]

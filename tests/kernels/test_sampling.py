@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from pagoda_kernels.sampling import Sample, cpu, reference, uniform
+from pagoda_kernels.sampling import GROUP, TILE, Sample, SamplingBatch, cpu, reference, uniforms
 from pagoda_kernels.sampling.cases import CASES, Case, Row, make_params, signed
 from pagoda_kernels.sampling.philox import philox
 
@@ -31,21 +31,24 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], wo
     assert " ".join(f"{int(word):08x}" for word in philox(torch.tensor(counter), torch.tensor(key))) == words
 
 
-def test_uniform_is_53_bits_of_the_first_two_words() -> None:
-    expected = ((0x6627E8D5 >> 5) * 2**26 + (0xE169C58D >> 6)) / 2**53
-    assert uniform(torch.tensor([0]), torch.tensor([0])).tolist() == [expected]
+def test_uniforms_are_a_word_and_ten_bits_of_the_last_one_each() -> None:
+    last = 0x9B00DBD8
+    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C)
+    expected = [[((word << 10) + ((last >> 10 * i) & 0x3FF)) / 2**42] for i, word in enumerate(words)]
+    assert uniforms(torch.tensor([0]), torch.tensor([0])).tolist() == expected
 
 
-def test_uniform_uses_all_bits_of_seed_and_position() -> None:
+def test_uniforms_use_all_bits_of_seed_and_position() -> None:
     seeds = torch.tensor([signed(s) for s in (0, 1, 2**31, 2**32, 2**63, 2**64 - 1)])
-    assert len(set(uniform(seeds, torch.zeros_like(seeds)).tolist())) == len(seeds)
-    assert len(set(uniform(torch.zeros_like(seeds), seeds).tolist())) == len(seeds)
+    for numbers in (*uniforms(seeds, torch.zeros_like(seeds)), *uniforms(torch.zeros_like(seeds), seeds)):
+        assert len(set(numbers.tolist())) == len(seeds)
 
 
-def test_uniform_is_uniform() -> None:
-    u = uniform(torch.full((DRAWS,), 42), torch.arange(DRAWS))
+def test_uniforms_are_uniform_and_independent() -> None:
+    u = uniforms(torch.full((DRAWS,), 42), torch.arange(DRAWS))
     assert 0 <= float(u.min()) < float(u.max()) < 1
-    assert_frequencies((u * 20).long(), torch.full((20,), 1 / 20, dtype=torch.float64))
+    cells = (u * 7).long()
+    assert_frequencies(cells[0] * 49 + cells[1] * 7 + cells[2], torch.full((343,), 1 / 343, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -135,6 +138,37 @@ def test_frequencies_are_the_probabilities(op: Sample, row: Row) -> None:
     exact[exact < row.min_p * exact.max()] = 0
     rows = [dataclasses.replace(row, seed=2**63 + 5, position=i) for i in range(DRAWS)]
     assert_frequencies(op(base.repeat(DRAWS, 1), make_params(rows)), exact / exact.sum())
+
+
+@implementations
+@pytest.mark.parametrize("row", [Row(), Row(1.3, top_p=0.9)], ids=["plain", "top_p"])
+def test_frequencies_hold_over_tiles_and_groups(op: Sample, row: Row) -> None:
+    """Three tiles, the last one short; groups of one token, of a few and of many, and some with none."""
+    places = [3, GROUP - 1, GROUP, 5 * GROUP + 7, TILE - 1, TILE, *range(TILE + 64, TILE + 104), 2 * TILE + 40]
+    places += list(range(2 * TILE + 96, 2 * TILE + 200, 3))
+    draws, base = 2000, torch.full((2 * TILE + 200,), float("-inf"))
+    base[places] = torch.randn(len(places), generator=torch.Generator().manual_seed(5))
+    rows = [dataclasses.replace(row, seed=i) for i in range(draws)]
+    params = make_params(rows)
+    exact = reference.kept_logits(base.unsqueeze(0), make_params([row])).softmax(dim=-1)[0]
+    tokens = torch.cat([op(base.repeat(500, 1), part(params, i, 500)) for i in range(0, draws, 500)])
+    assert_frequencies(tokens, exact)
+
+
+@implementations
+def test_the_last_bits_of_flat_logits_seldom_change_a_token(op: Sample) -> None:
+    """Noise of 0.005, far more than any arithmetic's, to meet some: one row of all shares would change every third."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 49152, generator=generator) * 0.5
+    params = make_params([Row(seed=i, position=i) for i in range(len(logits))])
+    other = logits + torch.randn(logits.shape, generator=generator) * 0.005
+    assert int((op(logits, params) != op(other, params)).sum()) <= 10
+
+
+def part(params: SamplingBatch, start: int, count: int) -> SamplingBatch:
+    """The parameters of some rows."""
+    columns = (getattr(params, field.name) for field in dataclasses.fields(params))
+    return SamplingBatch(*(x[start : start + count] if isinstance(x, torch.Tensor) else x for x in columns))
 
 
 @implementations

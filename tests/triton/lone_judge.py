@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from pagoda.server import store
 from pagoda.text.tokenizer import Tokenizer
-from pagoda_kernels.sampling.philox import uniform
+from pagoda_kernels.sampling import GROUP, TILE, uniforms
+from pagoda_kernels.sampling.reference import cut
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,7 @@ NEAR_TIE = 1e-4
 
 
 TOP_K = 50
-"""Of what is drawn by a seed: among all tokens of a flat distribution, whose shares are narrow, ties are common."""
+"""Of what is drawn by a seed."""
 
 
 class Given(NamedTuple):
@@ -31,7 +32,7 @@ class Given(NamedTuple):
 
 class LoneJudge:
     """One forward pass shows the float32 logits before each token of an answer, and so the token that a lone run draws
-    there: the argmax, or the one whose share of the distribution holds the random number of (seed, position)."""
+    there: the argmax, or the one whose shares hold the random numbers of (seed, position), level by level."""
 
     def __init__(self) -> None:
         folder = store.models_dir() / store.DEFAULT_MODEL
@@ -71,18 +72,23 @@ class LoneJudge:
 
 def _greedy(given: Given, logits: Tensor) -> Tensor:
     """How far each token's logit is below the best."""
-    return logits.amax(dim=1) - _at(logits, given.token_ids)
+    return logits.amax(dim=1) - _at(logits, torch.tensor(given.token_ids))
 
 
 def _drawn(given: Given, logits: Tensor) -> Tensor:
-    """How far each token's share of the distribution, an interval of [0, 1], is from the number that draws."""
+    """How far the number of any level is from the share, an interval of [0, 1], that it had to fall into."""
     dropped = logits < logits.topk(TOP_K).values[:, -1:]
-    shares = (logits.double() / given.temperature).masked_fill(dropped, float("-inf")).softmax(dim=1)
-    ends = _at(shares.cumsum(dim=1), given.token_ids)
-    begins = ends - _at(shares, given.token_ids)
-    drawn = uniform(torch.full((len(ends),), given.seed), torch.arange(len(ends)))
-    return torch.stack([begins - drawn, drawn - ends, torch.zeros_like(ends)]).amax(dim=0)
+    weights = (logits.double() / given.temperature).masked_fill(dropped, float("-inf")).softmax(dim=1)
+    positions, tokens = torch.arange(len(logits)), torch.tensor(given.token_ids)
+    missed = torch.zeros(len(logits), dtype=torch.float64)
+    for drawn, size in zip(uniforms(torch.full_like(positions, given.seed), positions), (TILE, GROUP, 1), strict=True):
+        pieces, place = cut(weights, size), tokens // size
+        shares = pieces.sum(dim=2) / pieces.sum(dim=(1, 2)).unsqueeze(1)
+        ends = _at(shares.cumsum(dim=1), place)
+        missed = torch.stack([missed, ends - _at(shares, place) - drawn, drawn - ends]).amax(dim=0)
+        weights, tokens = pieces[positions, place], tokens % size
+    return missed
 
 
-def _at(values: Tensor, token_ids: Sequence[int]) -> Tensor:
-    return values.gather(1, torch.tensor([list(token_ids)]).T)[:, 0]
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    return values.gather(1, places.unsqueeze(1))[:, 0]

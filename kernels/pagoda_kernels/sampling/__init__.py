@@ -5,9 +5,10 @@ from typing import Protocol
 from torch import Tensor
 
 from .batch import SamplingBatch
-from .philox import uniform
+from .levels import GROUP, TILE
+from .philox import uniforms
 
-__all__ = ["Sample", "SamplingBatch", "uniform"]
+__all__ = ["GROUP", "TILE", "Sample", "SamplingBatch", "uniforms"]
 
 
 class Sample(Protocol):
@@ -26,7 +27,11 @@ class Sample(Protocol):
         token is always kept. Logits of 16 bits give the tokens of the same numbers in float32, but for the
         rounding of sums.
 
-        The token is the first id, in the order of the vocabulary, at which the cumulative mass of the kept tokens
-        exceeds u = uniform(seed, position). So (seed, position, logits, parameters) give the same token in any batch.
+        The vocabulary, in order, is cut in tiles of TILE tokens, and these in groups of GROUP. The token is drawn in
+        three levels: a tile by its share of the kept mass, a group by its share of the tile, a token by its share of
+        the group; the product of the shares is p. At each level it is the first at which the cumulative share exceeds
+        that level's number, u = uniforms(seed, position). So (seed, position, logits, parameters) give the same token
+        in any batch. And logits that differ in their last bits seldom give another one: a number has to lie where such
+        a border between two shares moved, and few borders, of few logits each, move less than one row of them all.
         Rows with NaN or +inf, or without a finite logit, give an unspecified id in [0, V).
         """

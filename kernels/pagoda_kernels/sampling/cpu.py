@@ -6,17 +6,15 @@ the reference only those tokens can differ whose float32 rounding decides a floo
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .batch import SamplingBatch
-from .philox import uniform
-from .reference import mass_above
+from .levels import GROUP, TILE
+from .philox import uniforms
+from .reference import cut, first_above, mass_above
 
 # The first is enough for the usual top_k, and for top_p on the usual peaked distribution; what neither settles is
 # sorted.
 _CANDIDATES = (256, 4096)
-# The cumulative sum goes over sums of this many neighbours, then over the one block that the draw fell into.
-_BLOCK = 64
 
 
 def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
@@ -31,7 +29,7 @@ def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
     floor = _floor(weights, params, hot)
     if floor is not None:
         weights.masked_fill_(weights < floor.unsqueeze(1), 0)
-    return torch.where(hot, _draw(weights, uniform(params.seeds, params.positions)), greedy)
+    return torch.where(hot, _draw(weights, uniforms(params.seeds, params.positions)), greedy)
 
 
 def _floor(weights: Tensor, params: SamplingBatch, hot: Tensor) -> Tensor | None:
@@ -83,20 +81,13 @@ def _floor_among(ordered: Tensor, kth: Tensor, total: Tensor, top_p: Tensor) -> 
 
 
 def _draw(weights: Tensor, u: Tensor) -> Tensor:
-    """Return the first ids, [R], at which the cumulative weights exceed u times their sum."""
+    """Return reference.draw of float32 weights, which are added up once, group by group."""
     vocabulary = weights.shape[1]
-    blocks = pad(weights, (0, -vocabulary % _BLOCK)).view(len(weights), -(-vocabulary // _BLOCK), _BLOCK)
-    block_ends = blocks.sum(dim=-1).double().cumsum(dim=-1)
-    target = u.unsqueeze(1) * block_ends[:, -1:]
-    block = _first_above(block_ends, target)
-    inside = blocks[torch.arange(len(blocks)), block.squeeze(1)].double().cumsum(dim=-1)
-    rest = target - pad(block_ends, (1, 0)).gather(1, block)
-    token = block * _BLOCK + _first_above(inside, rest)
-    return token.squeeze(1).clamp(max=vocabulary - 1)  # for NaN
-
-
-def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Return the first index [R, 1] of a value above target [R, 1]; rounding may demand the last one with mass."""
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    first = torch.searchsorted(cumulative, target.contiguous(), right=True).minimum(last)
-    return first.clamp(max=cumulative.shape[1] - 1)  # for NaN
+    rows = torch.arange(len(weights))
+    groups = cut(weights, GROUP)
+    tiles = cut(groups.sum(dim=-1), TILE // GROUP)
+    tile = first_above(tiles.sum(dim=-1, dtype=torch.float64), u[0])
+    group = tile * (TILE // GROUP) + first_above(tiles[rows, tile], u[1])
+    group = group.clamp(max=groups.shape[1] - 1)  # for NaN, as below
+    token = group * GROUP + first_above(groups[rows, group], u[2])
+    return token.clamp(max=vocabulary - 1)

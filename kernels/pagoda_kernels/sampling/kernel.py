@@ -20,16 +20,14 @@ import triton
 from torch import Tensor
 
 from .batch import SamplingBatch
+from .levels import GROUP, TILE
 from .narrow import collect_kernel, count_kernel, finish_kernel, locate_kernel
 from .pick import pick_kernel
 from .search import search_kernel
 from .tiles import largest_kernel, tiles_kernel
 
-# Groups of neighbours; 128 bytes each in float32.
-_GROUP = 32
-# Groups of a tile: 4096 logits, 32 a thread with 4 warps, in 16-byte loads.
-_TILE_GROUPS = 128
-_TILE = _GROUP * _TILE_GROUPS
+# Groups of a tile.
+_TILE_GROUPS = TILE // GROUP
 # Groups that `pick` looks into.
 _PICKED = 256
 # Bins that `narrow` counts logits in, the logits of a row that it may keep for the end, and the tiles of a program: a
@@ -38,8 +36,7 @@ _PICKED = 256
 _BINS = 128
 _SLOTS = 4096
 _SEGMENT, _MANY_ROWS = 4, 16
-# Logits that `search` takes at a time, and thresholds that it tries in a pass.
-_SEARCH_TILE = 4096
+# Thresholds that `search` tries in a pass.
 _SEARCH_WAYS = 8
 
 
@@ -76,7 +73,8 @@ def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
             rows.state,
             out,
             logits.stride(0),
-            TILE=min(_SEARCH_TILE, max(16, triton.next_power_of_2(vocabulary))),
+            GROUP=GROUP,
+            TILE=min(TILE, max(GROUP, triton.next_power_of_2(vocabulary))),
             WAYS=_SEARCH_WAYS,
             **sizes,
             num_warps=16,
@@ -93,7 +91,7 @@ class _Tiles:
 
     def __init__(self, logits: Tensor, filtered: bool) -> None:
         requests, vocabulary = logits.shape
-        self.count = triton.cdiv(vocabulary, _TILE)
+        self.count = triton.cdiv(vocabulary, TILE)
         self.largest, self.sums = torch.empty(2, requests, self.count, dtype=torch.float32, device=logits.device)
         self.minima = torch.empty_like(self.largest) if filtered else self.largest
         self.ids = torch.empty(requests, self.count, dtype=torch.int32, device=logits.device)
@@ -130,7 +128,7 @@ def _launch_tiles(logits: Tensor, params: SamplingBatch) -> _Tiles:
         tiles.group_max,
         logits.stride(0),
         VOCABULARY=logits.shape[1],
-        GROUP=_GROUP,
+        GROUP=GROUP,
         GROUPS=_TILE_GROUPS,
         NUM_TILES=tiles.count,
         GREEDY=params.all_greedy,
@@ -165,8 +163,8 @@ def _launch_pick(
         rows.bracket,
         out,
         logits.stride(0),
-        GROUP=_GROUP,
-        TILE=_TILE,
+        GROUP=GROUP,
+        TILE=TILE,
         NUM_GROUPS=groups,
         GROUPS_PADDED=triton.next_power_of_2(groups),
         PICKED=_PICKED,
@@ -187,7 +185,7 @@ def _launch_narrow(logits: Tensor, params: SamplingBatch, rows: _Rows, out: Tens
     counts, filled = scratch(segments, _BINS, dtype=torch.int32), scratch(dtype=torch.int32)
     bracket, above = scratch(2, dtype=torch.int32), scratch(tiles)
     candidates, owners = scratch(_SLOTS), scratch(_SLOTS, dtype=torch.int32)
-    sizes = {**sizes, "TILE": _TILE}
+    sizes = {**sizes, "TILE": TILE}
     segmented = {**sizes, "SEGMENT": segment}
     stride = logits.stride(0)
     count_kernel[(requests, segments)](
@@ -247,6 +245,7 @@ def _launch_narrow(logits: Tensor, params: SamplingBatch, rows: _Rows, out: Tens
         filled,
         out,
         stride,
+        GROUP=GROUP,
         SLOTS=_SLOTS,
         **sizes,
         num_warps=8,

@@ -9,7 +9,7 @@ to the lightest weight that top_p may keep.
 3. `collect_kernel`: each tile adds up the weights above the bracket, and writes its logits within it, a few hundred in
    a row, to the row's slots.
 4. `finish_kernel`, a program a row: the threshold among these by bisection, then the tile that the draw falls into, and
-   the token in it.
+   the group and the token in it.
 
 Only 3 and 4 decide, and by weights, not by counts: where the bins misled, or the slots are too few because that many
 logits are almost equal, the row goes on to `search`.
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..float_order import from_order_key, order_key
-from .rows import NARROW, SEARCH, bisect, first_above, softmax_weights, uniform
+from .rows import NARROW, SEARCH, bisect, draw_in_tile, softmax_weights, uniforms
 
 # A weight of 1 as an integer: 2^13 of them are far from the end of 64 bits, and 2^-40 is far below float32's rounding.
 _UNIT = tl.constexpr(1099511627776.0)
@@ -161,13 +161,13 @@ def _mass_up_to(last, above, owners, weights, TILES_PADDED: tl.constexpr):
 
 @triton.jit
 def _first_tile(above, owners, weights, share, NUM_TILES: tl.constexpr, TILES_PADDED: tl.constexpr):
-    """The first tile up to which the weight exceeds the share, and the weight before it."""
+    """The first tile up to which the weight exceeds the share."""
     low, high = tl.full((), 0, tl.int32), tl.full((), NUM_TILES - 1, tl.int32)
     while low < high:
         middle = (low + high) // 2
         enough = _mass_up_to(middle, above, owners, weights, TILES_PADDED) > share
         low, high = tl.where(enough, low, middle + 1), tl.where(enough, middle, high)
-    return low, _mass_up_to(low - 1, above, owners, weights, TILES_PADDED)
+    return low
 
 
 @triton.jit
@@ -188,6 +188,7 @@ def finish_kernel(
     out_ptr,
     row_stride,
     VOCABULARY: tl.constexpr,
+    GROUP: tl.constexpr,
     TILE: tl.constexpr,
     NUM_TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
@@ -216,11 +217,11 @@ def finish_kernel(
 
     weights = tl.where(keys >= threshold, weights, 0)
     total = tl.sum(above, 0) + tl.sum(weights, 0).to(tl.float64) / _UNIT
-    share = uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row)) * total
-    share = tl.minimum(share, total * (1 - 2.220446049250313e-16))  # below the total also where it was rounded up
-    chosen_tile, before = _first_tile(above, owners, weights, share, NUM_TILES, TILES_PADDED)
-    token = chosen_tile * TILE + tl.arange(0, TILE)
+    u_tile, u_group, u_token = uniforms(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+    share = tl.minimum(u_tile * total, total * (1 - 2.220446049250313e-16))  # below it also where it was rounded up
+    first = _first_tile(above, owners, weights, share, NUM_TILES, TILES_PADDED) * TILE
+    token = first + tl.arange(0, TILE // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(logits_ptr + row * row_stride + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
     kept_weights = tl.where(order_key(x) >= threshold, softmax_weights(x, largest, temperature), 0.0).to(tl.float64)
-    chosen, _ = first_above(kept_weights, share - before, TILE)
-    tl.store(out_ptr + row, tl.minimum(chosen_tile * TILE + chosen, VOCABULARY - 1).to(tl.int64))
+    group, place = draw_in_tile(kept_weights, u_group, u_token, TILE // GROUP, GROUP)
+    tl.store(out_ptr + row, tl.minimum(first + group * GROUP + place, VOCABULARY - 1).to(tl.int64))

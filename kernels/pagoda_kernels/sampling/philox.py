@@ -9,15 +9,16 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Return float64 numbers in [0, 1), a pure function of (seed, position): [R] for int64 [R] and [R].
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Return three independent float64 numbers in [0, 1) for each (seed, position): [3, R] for int64 [R] and [R].
 
-    The key is the seed and the counter is the position, low word first; the 53 bits are the top 27 of word 0 and the
-    top 26 of word 1, as in NumPy's and Python's `random()`.
+    The key is the seed and the counter is the position, low word first. The 42 bits of number i are word i, then the
+    ten bits of word 3 from bit 10 i up.
     """
     none = torch.zeros_like(positions)
     words = philox(torch.stack((*_words(positions), none, none)), torch.stack(_words(seeds)))
-    return ((words[0] >> 5) * 2**26 + (words[1] >> 6)).double() * 2.0**-53
+    shifts = torch.arange(0, 30, 10, device=positions.device).unsqueeze(1)
+    return (words[:3] * 2**10 + (words[3] >> shifts) % 2**10).double() * 2.0**-42
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..float_order import order_key
-from .rows import NARROW, SEARCH, SETTLED, bisect, first_above, row_stats, softmax_weights, uniform
+from .rows import NARROW, SEARCH, SETTLED, bisect, draw_in_tile, first_above, row_stats, softmax_weights, uniforms
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def pick_kernel(
         greedy = tl.min(tl.where((maxima == largest) & (tile < NUM_TILES), ids, VOCABULARY - 1), 0)
         tl.store(out_ptr + row, greedy.to(tl.int64))
         return
-    u = uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+    u_tile, u_group, u_token = uniforms(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
     mass = tl.sum(tile_weights, 0)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -68,13 +68,12 @@ def pick_kernel(
     if plain:
         if FILTERED:
             tl.store(state_ptr + row, SETTLED)
-        target = u * mass
-        tile_index, before = first_above(tile_weights, target, TILES_PADDED)
-        token = tile_index * TILE + tl.arange(0, TILE)
+        first = first_above(tile_weights, u_tile, TILES_PADDED) * TILE
+        token = first + tl.arange(0, TILE // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
         weights = softmax_weights(x, largest, temperature).to(tl.float64)
-        chosen, _ = first_above(weights, target - before, TILE)
-        chosen = tl.minimum(tile_index * TILE + chosen, VOCABULARY - 1)
+        chosen_group, place = draw_in_tile(weights, u_group, u_token, TILE // GROUP, GROUP)
+        chosen = tl.minimum(first + chosen_group * GROUP + place, VOCABULARY - 1)
         tl.store(out_ptr + row, chosen.to(tl.int64))
         return
     if FILTERED:
@@ -140,8 +139,14 @@ def pick_kernel(
             state = tl.where((lightest - largest) / temperature < log_min_p, state, SEARCH)
         if state == SETTLED:
             kept = candidate & (keys >= threshold) & ((x - largest) / temperature >= log_min_p)
-            kept_weights = tl.where(kept, weights, 0.0).to(tl.float64)
-            chosen, _ = first_above(kept_weights, u * tl.sum(kept_weights, 0), PICKED * GROUP)
-            drawn = tl.sum(tl.where(index == chosen, token, 0), 0)
+            kept_weights = tl.reshape(tl.where(kept, weights, 0.0), (PICKED, GROUP)).to(tl.float64)
+            # The groups are in order, so the tile at which the cumulative share exceeds u is that of such a group.
+            place = tl.arange(0, PICKED)
+            tiles = tl.load(picked_ptr + row * PICKED + place, place < num_chosen, other=0) // (TILE // GROUP)
+            first = first_above(tl.sum(kept_weights, 1), u_tile, PICKED)
+            in_tile = tiles == tl.sum(tl.where(place == first, tiles, 0), 0)
+            kept_weights = tl.where(in_tile[:, None], kept_weights, 0.0)
+            chosen_group, chosen = draw_in_tile(kept_weights, u_group, u_token, PICKED, GROUP)
+            drawn = tl.sum(tl.where(index == chosen_group * GROUP + chosen, token, 0), 0)
             tl.store(out_ptr + row, tl.minimum(drawn, VOCABULARY - 1).to(tl.int64))
         tl.store(state_ptr + row, state)

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .batch import SamplingBatch
-from .philox import uniform
+from .levels import GROUP, TILE
+from .philox import uniforms
 
 NEVER = float("-inf")
 
@@ -15,7 +16,7 @@ def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
     greedy = logits.argmax(dim=-1)
     if params.all_greedy:
         return greedy
-    drawn = inverse_cdf(kept_logits(logits, params), uniform(params.seeds, params.positions))
+    drawn = draw(kept_logits(logits, params).softmax(dim=-1), uniforms(params.seeds, params.positions))
     return torch.where(params.temperature == 0, greedy, drawn)
 
 
@@ -29,14 +30,31 @@ def kept_logits(logits: Tensor, params: SamplingBatch) -> Tensor:
     return scaled.masked_fill(scaled < threshold, NEVER)
 
 
-def inverse_cdf(logits: Tensor, u: Tensor) -> Tensor:
-    """Return the first id at which the cumulative softmax exceeds u: ids [R] for logits [R, V], u [R] in [0, 1)."""
-    cumulative = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Return ids [R]: a tile of the weights [R, V], a group in it, a token in that, by u [3, R] in [0, 1)."""
+    rows = torch.arange(len(weights), device=weights.device)
+    tiles = cut(weights, TILE)
+    tile = first_above(tiles.sum(dim=-1), u[0])
+    groups = cut(tiles[rows, tile], GROUP)
+    group = first_above(groups.sum(dim=-1), u[1])
+    token = first_above(groups[rows, group], u[2])
+    return (tile * TILE + group * GROUP + token).clamp(max=weights.shape[1] - 1)  # for NaN
+
+
+def cut(values: Tensor, size: int) -> Tensor:
+    """Return pieces of the values [R, N]: [R, pieces, size], the last one filled with zeros."""
+    missing = -values.shape[1] % size
+    return (pad(values, (0, missing)) if missing else values).unflatten(1, (-1, size))
+
+
+def first_above(weights: Tensor, u: Tensor) -> Tensor:
+    """Return the first index [R] at which the cumulative weights [R, C] exceed the share u [R] of their sum."""
+    cumulative = weights.double().cumsum(dim=-1)
     total = cumulative[:, -1:].contiguous()
-    # Rounding can lift u * total to the total itself: the last token with any mass is the limit.
+    # Rounding can lift u * total to the total itself: the last weight above zero is the limit.
     last = torch.searchsorted(cumulative, total)
     first = torch.searchsorted(cumulative, u.unsqueeze(1) * total, right=True).minimum(last)
-    return first.squeeze(1).clamp(max=logits.shape[1] - 1)  # for NaN
+    return first.squeeze(1).clamp(max=weights.shape[1] - 1)  # for NaN
 
 
 def _rank_threshold(scaled: Tensor, params: SamplingBatch) -> Tensor:

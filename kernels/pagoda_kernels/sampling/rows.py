@@ -17,12 +17,17 @@ NARROW = tl.constexpr(2)
 
 
 @triton.jit
-def uniform(seed, position):
-    """See philox.uniform."""
+def uniforms(seed, position):
+    """See philox.uniforms: the numbers for the tile, the group and the token."""
     low, high = (position & 0xFFFFFFFF).to(tl.uint32), (position >> 32).to(tl.uint32)
-    word0, word1, _, _ = tl.philox(seed, low, high, low * 0, low * 0)
-    bits = (word0 >> 5).to(tl.int64) * 67108864 + (word1 >> 6).to(tl.int64)
-    return bits.to(tl.float64) * (1.0 / 9007199254740992.0)
+    word0, word1, word2, word3 = tl.philox(seed, low, high, low * 0, low * 0)
+    return _number(word0, word3), _number(word1, word3 >> 10), _number(word2, word3 >> 20)
+
+
+@triton.jit
+def _number(high, low):
+    bits = high.to(tl.int64) * 1024 + (low & 1023).to(tl.int64)
+    return bits.to(tl.float64) * (1.0 / 4398046511104.0)
 
 
 @triton.jit
@@ -42,17 +47,23 @@ def row_stats(tile_max_ptr, tile_sum_ptr, row, temperature, NUM_TILES: tl.conste
 
 
 @triton.jit
-def first_above(weights, target, SIZE: tl.constexpr):
-    """The first index at which the cumulative float64 weights exceed target, and the sum before it.
+def first_above(weights, u, SIZE: tl.constexpr):
+    """The first index at which the cumulative float64 weights exceed the share u of their sum.
 
     Rounding may demand more than there is: then it is the last index with any weight.
     """
     index = tl.arange(0, SIZE)
-    cumulative = tl.cumsum(weights, 0)
-    first = tl.min(tl.where(cumulative > target, index, SIZE), 0)
+    first = tl.min(tl.where(tl.cumsum(weights, 0) > u * tl.sum(weights, 0), index, SIZE), 0)
     last = tl.max(tl.where(weights > 0, index, 0), 0)
-    chosen = tl.minimum(first, last)
-    return chosen, tl.sum(tl.where(index < chosen, weights, 0.0), 0)
+    return tl.minimum(first, last)
+
+
+@triton.jit
+def draw_in_tile(weights, u_group, u_token, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """The group drawn among float64 weights [GROUPS, GROUP] of a tile, and the place in it of the token drawn there."""
+    group = first_above(tl.sum(weights, 1), u_group, GROUPS)
+    own = tl.arange(0, GROUPS)[:, None] == group
+    return group, first_above(tl.sum(tl.where(own, weights, 0.0), 0), u_token, GROUP)
 
 
 @triton.jit

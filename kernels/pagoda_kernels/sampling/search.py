@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..float_order import order_key
-from .rows import SEARCH, row_stats, softmax_weights, uniform
+from .rows import SEARCH, draw_in_tile, row_stats, softmax_weights, uniforms
 
 
 @triton.jit
@@ -45,6 +45,13 @@ def _search_key(
 
 
 @triton.jit
+def _kept_weights(row_ptr, token, threshold, log_min_p, largest, temperature, VOCABULARY: tl.constexpr):
+    x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
+    kept = (order_key(x) >= threshold) & ((x - largest) / temperature >= log_min_p)
+    return tl.where(kept, softmax_weights(x, largest, temperature), 0.0).to(tl.float64)
+
+
+@triton.jit
 def search_kernel(
     logits_ptr,
     temperature_ptr,
@@ -59,6 +66,7 @@ def search_kernel(
     out_ptr,
     row_stride,
     VOCABULARY: tl.constexpr,
+    GROUP: tl.constexpr,
     TILE: tl.constexpr,
     NUM_TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr,
@@ -70,7 +78,7 @@ def search_kernel(
     row_ptr = logits_ptr + row * row_stride
     temperature = tl.load(temperature_ptr + row)
     _, largest, tile_weights = row_stats(tile_max_ptr, tile_sum_ptr, row, temperature, NUM_TILES, TILES_PADDED)
-    u = uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+    u_tile, u_group, u_token = uniforms(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
     mass = tl.sum(tile_weights, 0)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -96,27 +104,22 @@ def search_kernel(
             False,
         )  # fmt: skip
 
-    # The kept mass first, then the tile of the vocabulary in which its share u is exceeded.
+    # The kept mass first, then the tile at which its share u is exceeded, and that tile again.
     sums = tl.zeros((TILE,), tl.float64)
     for start in range(0, VOCABULARY, TILE):
         token = start + tl.arange(0, TILE)
-        x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
-        kept = (order_key(x) >= threshold) & ((x - largest) / temperature >= log_min_p)
-        sums += tl.where(kept, softmax_weights(x, largest, temperature), 0.0).to(tl.float64)
-    target = u * tl.sum(sums, 0)
+        sums += _kept_weights(row_ptr, token, threshold, log_min_p, largest, temperature, VOCABULARY)
+    target = u_tile * tl.sum(sums, 0)
     before = tl.sum(sums, 0) * 0.0
-    drawn = highest * 0 - 1
-    last = highest * 0
+    first = highest * 0
     start = highest * 0
-    while (drawn < 0) & (start < VOCABULARY):
+    while (before <= target) & (start < VOCABULARY):
         token = start + tl.arange(0, TILE)
-        x = tl.load(row_ptr + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
-        kept = (order_key(x) >= threshold) & ((x - largest) / temperature >= log_min_p)
-        weights = tl.where(kept, softmax_weights(x, largest, temperature), 0.0).to(tl.float64)
-        cumulative = before + tl.cumsum(weights, 0)
-        first = tl.min(tl.where(cumulative > target, token, VOCABULARY), 0)
-        last = tl.maximum(last, tl.max(tl.where(weights > 0, token, 0), 0))
-        drawn = tl.where(first < VOCABULARY, first, -1)
-        before += tl.sum(weights, 0)
+        weight = tl.sum(_kept_weights(row_ptr, token, threshold, log_min_p, largest, temperature, VOCABULARY), 0)
+        first = tl.where(weight > 0, start, first)
+        before += weight
         start += TILE
-    tl.store(out_ptr + row, tl.where(drawn < 0, last, drawn).to(tl.int64))
+    token = first + tl.arange(0, TILE // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    weights = _kept_weights(row_ptr, token, threshold, log_min_p, largest, temperature, VOCABULARY)
+    group, place = draw_in_tile(weights, u_group, u_token, TILE // GROUP, GROUP)
+    tl.store(out_ptr + row, tl.minimum(first + group * GROUP + place, VOCABULARY - 1).to(tl.int64))
