@@ -43,8 +43,9 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
 def cut(values: Tensor, size: int) -> Tensor:
     """Return pieces of the values [R, N]: [R, pieces, size], the last one filled with zeros."""
-    missing = -values.shape[1] % size
-    return (pad(values, (0, missing)) if missing else values).unflatten(1, (-1, size))
+    pieces = -(-values.shape[1] // size)
+    missing = pieces * size - values.shape[1]
+    return (pad(values, (0, missing)) if missing else values).reshape(len(values), pieces, size)
 
 
 def first_above(weights: Tensor, u: Tensor) -> Tensor:
