@@ -43,7 +43,9 @@ def calm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Watched(Runner):
     """Keeps the logits [V] that every token was drawn from, by request and position."""
 
-    logits: dict[tuple[object, int], torch.Tensor]
+    def __init__(self, *arguments: object) -> None:
+        self.logits: dict[tuple[object, int], torch.Tensor] = {}  # first: a runner launches steps while it is made
+        super().__init__(*arguments)  # type: ignore[arg-type]
 
     def _draw(self, plan: Plan, layout: Layout, hidden: torch.Tensor) -> Draw:
         chunks = [c for c in plan.chunks if c.samples]
