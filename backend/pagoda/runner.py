@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pagoda_kernels
@@ -128,7 +129,8 @@ class Runner:
         with pagoda_kernels.compiling_ahead(), kinds.one_of_each(self.model):
             if self.shapes is not None:
                 self._make_graphs(self.shapes).call(self.shapes.all())
-            for plan in self._largest_steps(config, max_model_len):
+            sizes = config.max_num_seqs, self.max_num_mixed_tokens, max_model_len, self.block_size
+            for plan in chain(self._largest_steps(config, max_model_len), trials.mixed_steps(*sizes)):
                 self.launch(plan)
             for chunks in trials.kinds_of_draws(config.max_num_seqs):
                 logits = torch.zeros(len(chunks), self._vocab_size, dtype=self.dtype, device=self.device)

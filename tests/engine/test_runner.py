@@ -213,6 +213,15 @@ def test_the_largest_steps_run_in_one_block(folder: Path) -> None:
     generate(runner, count=3, output=2)
 
 
+def test_streams_beside_a_prompt_can_be_tried(folder: Path) -> None:
+    runner = make_runner(folder)
+    for plan in trials.mixed_steps(12, 100, 64, BLOCK):
+        assert plan.num_decodes == len(plan.chunks) - 1
+        assert plan.num_tokens <= 100
+        assert len(runner.collect(runner.launch(plan)).token_ids) == len(plan.chunks)
+    generate(runner, count=3, output=2)
+
+
 def test_a_budget_below_the_number_of_requests_is_refused() -> None:
     for name in ("max_num_batched_tokens", "max_num_mixed_tokens"):
         config = from_parameters({"model": "m", name: 10, "max_num_seqs": 11})
