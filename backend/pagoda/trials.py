@@ -10,8 +10,9 @@ from pagoda.sampling_params import MAX_LOGPROBS, SamplingParams
 
 HEAVIEST = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=MAX_LOGPROBS)
 """Every parameter of sampling that takes memory."""
+GREEDY = SamplingParams(temperature=0.0)
 DRAWS = (
-    SamplingParams(temperature=0.0),
+    GREEDY,
     SamplingParams(temperature=1.0),
     SamplingParams(temperature=1.0, top_k=50),
     SamplingParams(temperature=1.0, top_p=0.9),
@@ -39,9 +40,9 @@ def largest_steps(max_num_seqs: int, budget: int, max_model_len: int, block_size
 def mixed_steps(max_num_seqs: int, budget: int, max_model_len: int, block_size: int) -> Iterator[Plan]:
     """Streams beside a prompt: few and many, short and long. Each stream has a block of its own, all through."""
     for count in sorted({1, max_num_seqs // 8, max_num_seqs - 1} - {0}):
-        for context in sorted({2, min(1024, max_model_len), max_model_len}):
-            streams = [_request(i, context, block_size, HEAVIEST, block=i) for i in range(count)]
-            prompt = _request(count, min(budget - count, max_model_len), block_size, HEAVIEST, block=count)
+        for context in sorted({min(length, max_model_len) for length in (2, 1024, 8192)}):
+            streams = [_request(i, context, block_size, GREEDY, block=i) for i in range(count)]
+            prompt = _request(count, min(budget - count, max_model_len), block_size, GREEDY, block=count)
             yield from _step([*streams, prompt], num_decodes=count)
 
 
