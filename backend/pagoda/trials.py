@@ -39,7 +39,7 @@ def largest_steps(max_num_seqs: int, budget: int, max_model_len: int, block_size
 
 def mixed_steps(max_num_seqs: int, budget: int, max_model_len: int, block_size: int) -> Iterator[Plan]:
     """Streams beside a prompt: few and many, short and long. Each stream has a block of its own, all through."""
-    for count in sorted({1, max_num_seqs // 8, max_num_seqs - 1} - {0}):
+    for count in sorted(n for n in {1, max_num_seqs // 8, max_num_seqs - 1} if 0 < n < max_num_seqs):
         for context in sorted({min(length, max_model_len) for length in (2, 1024, 8192)}):
             streams = [_request(i, context, block_size, GREEDY, block=i) for i in range(count)]
             prompt = _request(count, min(budget - count, max_model_len), block_size, GREEDY, block=count)

@@ -220,6 +220,7 @@ def test_streams_beside_a_prompt_can_be_tried(folder: Path) -> None:
         assert plan.num_tokens <= 100
         assert len(runner.collect(runner.launch(plan)).token_ids) == len(plan.chunks)
     generate(runner, count=3, output=2)
+    assert not list(trials.mixed_steps(1, 100, 64, BLOCK))
 
 
 def test_a_budget_below_the_number_of_requests_is_refused() -> None:
