@@ -13,11 +13,16 @@ def test_new_memory_holds_zeros() -> None:
     assert not any(x.any() for x in made)
 
 
-def test_everything_is_put_back_even_after_an_error() -> None:
-    run = JITFunction.run
-    with pytest.raises(KeyError), compiling_ahead():
-        assert JITFunction.run is not run
+def fail_within() -> None:
+    with compiling_ahead():
         assert active_mode.get() is not None
         raise KeyError
+
+
+def test_everything_is_put_back_even_after_an_error() -> None:
+    run = JITFunction.run
+    with compiling_ahead():
+        assert JITFunction.run is not run
+    pytest.raises(KeyError, fail_within)
     assert JITFunction.run is run
     assert active_mode.get() is None
