@@ -23,6 +23,7 @@ def test_everything_is_put_back_even_after_an_error() -> None:
     run = JITFunction.run
     with compiling_ahead():
         assert JITFunction.run is not run
-    pytest.raises(KeyError, fail_within)
+    with pytest.raises(KeyError):
+        fail_within()
     assert JITFunction.run is run
     assert active_mode.get() is None
