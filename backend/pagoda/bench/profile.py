@@ -23,12 +23,12 @@ from pagoda.sampler import Draw
 from pagoda.scheduler import Scheduler
 
 GROUPS = (
-    ("sampling", r"^_tiles|^_largest|^_pick|^_search|^_settle|sample|argmax"),
+    ("sampling", r"^_?tiles|^_?largest|^_?pick|^_?search|^_?settle|sample|argmax"),
     ("attention", r"attention|^_decode|^_add_apart|^_prefix|^_prefill|^_gather|embedding_bag|bmm|softmax"),
-    ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|matrix_vector|linear|mm$|mkldnn"),
+    ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|matrix_vector|product|linear|mm$|mkldnn"),
     ("norms", r"norm"),
     ("rotary, cache write", r"rotary"),
-    ("activation", r"silu|gelu"),
+    ("activation", r"silu|gelu|^_gated"),
     ("copies", r"memcpy|memset|copy|to_copy|index"),
 )
 """Kernels (operations on a CPU) by the first pattern that their lower-case names hold; the rest is `other`."""
