@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -22,9 +24,14 @@ class Child:
     def __init__(self, module: str, start: msgspec.Struct, directory: Path) -> None:
         # sys.executable is the stub's own binary inside Triton; the prefix is right in both places.
         python = Path(sys.prefix) / "bin" / "python3"
-        command = [str(python), "-m", module]
+        self._words, its_end = os.pipe()
+        os.set_blocking(self._words, False)
+        command = [str(python), "-m", module, str(its_end)]
         environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=directory, env=environment)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, cwd=directory, env=environment, pass_fds=[its_end]
+        )
+        os.close(its_end)
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(start) + b"\n")
         self._process.stdin.flush()
@@ -40,6 +47,19 @@ class Child:
         """None while it runs; negative for a signal."""
         return self._process.poll()
 
+    @property
+    def ending(self) -> str:
+        """Once it has ended: "by signal 9", "with status 2"."""
+        status = self._process.wait()
+        return f"by signal {-status}" if status < 0 else f"with status {status}"
+
+    def last_words(self) -> str | None:
+        """Once it has ended: why, if it could say so (`leave`). Nothing on the way can lose them."""
+        try:
+            return os.read(self._words, select.PIPE_BUF).decode(errors="replace") or None
+        except BlockingIOError:  # silent, and a process of its own still holds the other end
+            return None
+
     def kill(self) -> None:
         self._process.kill()
 
@@ -54,6 +74,7 @@ class Child:
             self._process.kill()
             self._process.wait()
         os.close(self.pidfd)
+        os.close(self._words)
 
 
 def die_with_parent() -> None:
@@ -67,5 +88,12 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def describe_exit(status: int) -> str:
-    return f"by signal {-status}" if status < 0 else f"with status {status}"
+def leave(reason: str, status: int) -> NoReturn:
+    """In the child: end now and leave the parent the reason, its first 4096 bytes.
+
+    Without Python's own shutdown, which is slow and can hang while torch's threads run.
+    """
+    with contextlib.suppress(OSError):  # the parent is gone
+        os.write(int(sys.argv[1]), reason.encode()[: select.PIPE_BUF])
+    sys.stderr.flush()
+    os._exit(status)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from pagoda import __version__, openai_stream
 from pagoda.bench.cli import app as bench_app
-from pagoda.errors import PagodaError
+from pagoda.errors import ConfigError, PagodaError
 from pagoda.server import settings as service
 from pagoda.server import store
 
@@ -201,6 +201,9 @@ def _repository_call(verb: str, name: str, run_folder: Path | None) -> None:
 
     async def call() -> None:
         triton = Triton(instance.grpc_address, instance.secret)
+        known = [state.name for state in await triton.models()]
+        if name not in known:
+            raise ConfigError(f"the repository has no model {name!r}; its models: {', '.join(known)}")
         await getattr(triton, verb)(name)
         await triton.close()
 

@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from pagoda import protocol as wire
-from pagoda.child import Child, describe_exit
+from pagoda.child import Child
 from pagoda.config import EngineConfig, EngineStart
 from pagoda.errors import ConfigError, EngineUnavailable, InvalidRequest
 from pagoda.text import wire as text_wire
@@ -34,6 +34,8 @@ CANCEL_CHECK_INTERVAL = 0.25
 PONG_TIMEOUT = 3.0
 """Seconds without an answer after which the engine process counts as frozen: sooner than others give the stub up."""
 MAX_BACKOFF = 30.0
+TEXT_START_INTERVAL = 2.0
+"""Seconds between two starts of the text worker, at least."""
 OWN_SESSION = "host"
 
 
@@ -92,8 +94,10 @@ class Host(threading.Thread):
         self._sessions: dict[str, OpenSession] = {}
         self._texts: dict[int, TextSender] = {}
         self._down_reason = "the engine is starting"
-        self._last_words: str | None = None
-        """Why the engine ends, as far as it or we could say before it did."""
+        self._killed_because: str | None = None
+        self._text_reason = ""
+        """Why the text worker is down."""
+        self._text_started = 0.0
         self._last_pong = time.monotonic()
         self._next_ping = self._next_cancel_check = 0.0
         self._stopping = threading.Event()
@@ -128,14 +132,16 @@ class Host(threading.Thread):
     # ── called by initialize, execute and finalize ────────────────────────────────────────────────────────────────
 
     def launch(self) -> None:
-        """Start the engine and wait until it serves. Raises ConfigError with the engine's own reason."""
+        """Start both children and wait until they serve. Raises ConfigError with the reason of one that cannot."""
         self._start_engine()
         self._start_text()
         deadline = time.monotonic() + self.config.load_timeout
-        while not self.is_up:
+        while not (self.is_up and self._text_serves()):
             self._turn(timeout_ms=100)
             if self.engine is None:
                 raise ConfigError(self._down_reason)
+            if self.text is None:
+                raise ConfigError(self._text_reason)
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"the engine was not ready after load_timeout ({self.config.load_timeout:.0f} s): raise it, "
@@ -239,13 +245,10 @@ class Host(threading.Thread):
                     self._came_up()
                 case wire.Pong():
                     self._last_pong = time.monotonic()
-                    self._last_words = None
                     if wire.is_frozen(message):
                         self._kill_engine(f"its loop made no step for {message.seconds_since_step:.0f} s")
                 case wire.Metrics():
                     self.metrics(message)
-                case wire.Closed(reason):
-                    self._last_words = reason
 
     def _receive_text(self) -> None:
         for (raw,) in _drain(self._text_down):
@@ -281,6 +284,11 @@ class Host(threading.Thread):
     def _start_text(self) -> None:
         start = TextStart(self.config.served_model_name, str(self.folder), self._address, self._text_in, self._text_out)
         self.text = Child("pagoda.text.worker", start, self.directory)
+        self._text_started = time.monotonic()
+
+    def _text_serves(self) -> bool:
+        """It binds its address once its tokenizer is loaded."""
+        return bool(self._text_control.poll(0, zmq.POLLOUT))
 
     def _came_up(self) -> None:
         if not self.is_up:
@@ -292,23 +300,29 @@ class Host(threading.Thread):
 
     def _watch_children(self) -> None:
         if self.engine is not None and self.engine.exit_status is not None:
-            self._engine_died(self.engine.exit_status)
+            self._engine_died(self.engine)
         if self.engine is None and self._restart_at is not None and time.monotonic() >= self._restart_at:
             self._start_engine()
-        if self.text is not None and self.text.exit_status is not None:
-            log.error("the text worker ended %s and is started again", describe_exit(self.text.exit_status))
-            self.text.end(grace=0)
-            self._fail_texts("the text worker ended unexpectedly")
+        if self.text is None and time.monotonic() >= self._text_started + TEXT_START_INTERVAL:
             self._start_text()
+        if self.text is not None and self.text.exit_status is not None:
+            self._text_died(self.text)
         if self.is_up and time.monotonic() - self._last_pong > PONG_TIMEOUT:
             self._kill_engine(f"it gave no answer for {PONG_TIMEOUT:.0f} s")
 
-    def _engine_died(self, status: int) -> None:
-        assert self.engine is not None
-        self.engine.end(grace=0)
+    def _text_died(self, text: Child) -> None:
+        self._text_reason = text.last_words() or f"the text worker ended {text.ending}"
+        log.error("%s; it is started again", self._text_reason)
+        text.end(grace=0)
+        self.text = None
+        self._fail_texts(self._text_reason)
+
+    def _engine_died(self, engine: Child) -> None:
+        unexplained = f"the engine process ended {engine.ending}"
+        self._down_reason = engine.last_words() or self._killed_because or unexplained
+        self._killed_because = None
+        engine.end(grace=0)
         self.engine = None
-        self._down_reason = self._last_words or f"the engine process ended {describe_exit(status)}"
-        self._last_words = None
         was_up, self.is_up = self.is_up, False
         self._failures += 1
         wait = 0.0 if was_up and self._failures == 1 else min(2.0 ** (self._failures - 2), MAX_BACKOFF)
@@ -318,7 +332,7 @@ class Host(threading.Thread):
 
     def _kill_engine(self, why: str) -> None:
         if self.engine is not None:
-            self._last_words = f"the engine was frozen ({why})"
+            self._killed_because = f"the engine was frozen ({why})"
             self.engine.kill()
 
     def _tell_down(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import msgspec
 from pagoda import logs, torch_settings
 from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
-from pagoda.child import die_with_parent
+from pagoda.child import die_with_parent, leave
 from pagoda.config import EngineConfig, EngineStart
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.protocol import ModelFacts
@@ -36,23 +35,18 @@ def main() -> None:
     torch_settings.apply()
     sessions = Sessions(start.address)
     sessions.start()
+    reason, status = "the engine was stopped", 0
     try:
         with exclusive(start.lock, start.config):
             _serve(start, sessions)
     except PagodaError as error:
         log.error("engine ends: %s", error.message)
-        _leave(sessions, error.message, 2)
+        reason, status = error.message, 2
     except Exception:
         log.exception("engine ends by an unexpected error")
-        _leave(sessions, "the engine failed unexpectedly; its log has the details", 1)
-    _leave(sessions, "the engine was stopped", 0)
-
-
-def _leave(sessions: Sessions, reason: str, status: int) -> None:
-    """End now: interpreter shutdown with torch's threads running is slow and can hang."""
+        reason, status = "the engine failed unexpectedly; its log has the details", 1
     sessions.stop(reason)
-    sys.stderr.flush()
-    os._exit(status)
+    leave(reason, status)
 
 
 def _serve(start: EngineStart, sessions: Sessions) -> None:

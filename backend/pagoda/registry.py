@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pagoda.client import Session
-from pagoda.errors import EngineUnavailable, ModelNotFound
+from pagoda.errors import ConfigError, EngineUnavailable, ModelNotFound
 from pagoda.triton_client import GrpcSession, ModelState, Triton
 
 log = logging.getLogger("pagoda.registry")
@@ -160,7 +160,11 @@ class Registry:
         self.is_connected = True
 
     async def _found(self, name: str) -> None:
-        if not await self.triton.is_pagoda(name):
+        try:
+            is_ours = await self.triton.is_pagoda(name)
+        except ConfigError:  # it has left since
+            return
+        if not is_ours:
             self._foreign.add(name)
             return
         link = GrpcSession(self.triton, name, self.client)

@@ -73,7 +73,7 @@ class Sessions(threading.Thread):
     def __init__(self, address: str, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(name="sessions", daemon=True)
         self.clock = clock
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -128,6 +128,7 @@ class Sessions(threading.Thread):
         for name in list(self._sessions):
             self._close(name, self._stop_reason)
         self._socket.close()
+        self._context.term()  # returns when all is sent, or LINGER is over
 
     def _receive_all(self) -> None:
         with contextlib.suppress(BlockingIOError):

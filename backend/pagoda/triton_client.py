@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from pagoda import protocol as wire
 from pagoda.client import PING_INTERVAL, Session
-from pagoda.errors import EngineUnavailable
+from pagoda.errors import ConfigError, EngineUnavailable
 
 log = logging.getLogger("pagoda.triton_client")
 
@@ -59,9 +60,11 @@ class Triton:
         return self._stub.ModelStreamInfer(metadata=self._metadata)
 
     async def models(self) -> list[ModelState]:
-        """Every model in the repository. Raises EngineUnavailable when the server does not answer."""
+        """Every model in the repository. As every call here: raises EngineUnavailable when the server does not answer,
+        ConfigError with its reason when it refuses.
+        """
         index = await self._call(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest())
-        return [ModelState(m.name, m.state == "READY", m.reason) for m in index.models]
+        return [ModelState(m.name, m.state == "READY", _own_words(m.reason)) for m in index.models]
 
     async def is_pagoda(self, model: str) -> bool:
         request = service_pb2.ModelConfigRequest(name=model)
@@ -78,7 +81,15 @@ class Triton:
         try:
             return await method(request, metadata=self._metadata, timeout=timeout)
         except grpc.aio.AioRpcError as error:
-            raise EngineUnavailable(f"Triton does not answer: {error.details()}") from None
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise EngineUnavailable(f"Triton does not answer: {error.details()}") from None
+            raise ConfigError(_own_words(error.details() or str(error.code()))) from None
+
+
+def _own_words(reason: str) -> str:
+    """What our backend raised, when that is the reason, without the class, file and line that Triton puts around it."""
+    raised = re.search(r"TritonModelException: (.*?)\s+At:\s", reason, re.DOTALL)
+    return raised[1] if raised else reason
 
 
 class GrpcSession:

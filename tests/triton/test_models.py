@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from pagoda.server import store
-from service import Service, write_model
+from service import MODEL, Service, wait_for, write_model
 from test_parameters import post
 from unit.test_gguf_checkpoint import write_tiny_gguf
 
@@ -37,6 +37,11 @@ def test_a_folder_with_a_gguf_file_is_served(calm: Service, tmp_path: Path) -> N
         shutil.rmtree(store.prepared(tmp_path))
 
 
+@pytest.mark.parametrize("verb", ["load", "unload"])
+def test_a_model_that_is_not_there_is_refused_with_those_that_are(calm: Service, verb: str) -> None:
+    assert f"the repository has no model 'nope'; its models: short, {MODEL}" in load(calm, "nope", verb)
+
+
 def say(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -51,6 +56,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
     "pickles": (only_pickles, {}, "pickled weights (*.bin, *.pt) are never opened: convert them"),
     "unknown": (lambda folder: say(folder, architectures=["Own"]), {}, "'Own' is not known; known ones: Gemma2ForC"),
     "code": (lambda folder: None, {"trust_remote_code": "true"}, "code from a model folder is never run"),
+    "mute": (lambda folder: (folder / "tokenizer.json").unlink(), {}, "The model folder has no tokenizer.json. Make"),
     "shape": (lambda folder: say(folder, intermediate_size=1535), {}, "mlp.down_proj.weight (shape [576, 1536], not"),
 }
 
@@ -66,7 +72,10 @@ def test_a_folder_that_cannot_be_served_says_why(calm: Service, tmp_path: Path, 
     spoil(tmp_path)
     write_model(calm.repository, name, model=tmp_path, **parameters)
     try:
-        assert reason in load(calm, name)
+        said = load(calm, name)
+        assert reason in said
+        assert "TritonModelException" not in said
+        wait_for(lambda: f"model {name} could not be loaded" in calm.output.read_text(), 5, "a word on the console")
         assert not Path("/tmp/opened").exists()
     finally:
         shutil.rmtree(calm.repository / name)

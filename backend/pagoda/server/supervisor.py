@@ -49,6 +49,8 @@ class Supervisor:
         """Sockets, locks and copies of this run; short, because a Unix socket's path may hold 107 bytes."""
         self._stop = asyncio.Event()
         self._restarts = 0
+        self._reported: set[tuple[str, str]] = set()
+        """Models that could not be loaded, and why, as far as it was said."""
         self._triton_started = 0.0
 
     async def run(self) -> None:
@@ -164,8 +166,15 @@ class Supervisor:
                     worker.start()
             if trouble := self._triton_trouble():
                 await self._restart_triton(trouble)
+            self._report_failed()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), WATCH_INTERVAL)
+
+    def _report_failed(self) -> None:
+        """Beside models that serve, one that could not be loaded is easily overlooked."""
+        for name, reason in self.registry.failed.items() - self._reported:
+            log.error("model %s could not be loaded: %s", name, reason)
+        self._reported = set(self.registry.failed.items())
 
     def _triton_trouble(self) -> str | None:
         if self.triton.exit_status is not None:

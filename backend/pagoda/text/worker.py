@@ -21,7 +21,7 @@ import zmq.asyncio
 
 from pagoda import logs, sampling_params
 from pagoda import protocol as protocol_wire
-from pagoda.child import die_with_parent
+from pagoda.child import die_with_parent, leave
 from pagoda.client import PING_INTERVAL, Session
 from pagoda.errors import EngineFailure, PagodaError
 from pagoda.text import wire
@@ -169,7 +169,13 @@ def main() -> None:
     logs.configure()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=TextStart)
     die_with_parent()
-    asyncio.run(TextWorker(start).run())
+    try:
+        asyncio.run(TextWorker(start).run())
+    except PagodaError as error:
+        leave(error.message, 2)
+    except Exception:
+        log.exception("the text worker ends by an unexpected error")
+        leave("the text worker failed unexpectedly; its log has the details", 1)
 
 
 if __name__ == "__main__":
