@@ -219,17 +219,23 @@ class ChatMessage(msgspec.Struct, frozen=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
+    audio: Any = None
 
-    def text(self) -> str:
-        """The message's text. Raises InvalidRequest for parts that are not text."""
+    def text(self, where: str) -> str:
+        """The message's text. Raises InvalidRequest, saying `where`, for what is not text."""
+        for name in ("tool_calls", "function_call", "audio"):
+            if getattr(self, name):
+                raise InvalidRequest(f"{where}.{name} is not available here: send messages of text", field="messages")
         if self.content is None:
-            raise InvalidRequest(f"messages: the {self.role} message has no content", field="messages")
+            raise InvalidRequest(f"{where}, of the {self.role}, has no content: give it a text", field="messages")
         if isinstance(self.content, str):
             return self.content
         for part in self.content:
             if part.type != "text" or part.text is None:
                 raise InvalidRequest(
-                    f"messages: content parts of type {part.type[:40]!r} are not available, only 'text' with a text",
+                    f"{where}.content has a part of type {part.type[:40]!r}: only 'text' with a text is available",
                     field="messages",
                 )
         return "".join(part.text or "" for part in self.content)

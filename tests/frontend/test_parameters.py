@@ -259,6 +259,10 @@ REFUSED = [
     (TEXT, {"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     (TEXT, {"use_beam_search": True}, "use_beam_search"),
     (CHAT, {"audio": {}}, "audio"),
+    (CHAT, {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "a", "function_call": {"name": "b"}}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
 ]
 
 
@@ -280,6 +284,18 @@ async def test_bad_values_are_refused_by_name(
 async def test_asking_for_nothing_is_not_refused(engine: FakeEngine, name: str) -> None:
     assert (await engine.post(CHAT, messages=MESSAGES, **{name: None})).status_code == 200
     assert (await engine.post(CHAT, messages=MESSAGES, tools=[], use_beam_search=False, length_penalty=1.0)).is_success
+
+
+async def test_an_answer_may_be_sent_back_as_the_client_holds_it(engine: FakeEngine) -> None:
+    nothing = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []}
+    messages = [*MESSAGES, {"role": "assistant", "content": "Yes.", **nothing}, *MESSAGES]
+    assert (await engine.post(CHAT, messages=messages)).is_success
+
+
+async def test_a_refused_message_is_named_by_its_place(engine: FakeEngine) -> None:
+    refused = {"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}
+    answer = await engine.post(CHAT, messages=[*MESSAGES, refused])
+    assert f"messages[{len(MESSAGES)}].tool_calls is not available" in answer.json()["error"]["message"]
 
 
 async def test_a_type_error_shows_the_value(engine: FakeEngine) -> None:

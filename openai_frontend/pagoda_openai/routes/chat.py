@@ -50,7 +50,10 @@ def messages_of(asked: ChatRequest) -> list[dict[str, str]]:
         raise InvalidRequest(
             f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(asked.messages)}", field="messages"
         )
-    return [{"role": m.role, "content": m.text(), **({"name": m.name} if m.name else {})} for m in asked.messages]
+    return [
+        {"role": m.role, "content": m.text(f"messages[{i}]"), **({"name": m.name} if m.name else {})}
+        for i, m in enumerate(asked.messages)
+    ]
 
 
 class ChatShape:
