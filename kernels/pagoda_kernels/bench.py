@@ -78,6 +78,12 @@ def op_names() -> list[str]:
     return [name for name in with_cases if hasattr(_cases(name), "bench_loads")]
 
 
+def loads_of(op: str, device: torch.device) -> Iterator[BenchLoad]:
+    """Yield what the op's cases.py offers to time on the device."""
+    loads: Iterator[BenchLoad] = _cases(op).bench_loads(device)  # type: ignore[attr-defined]
+    return loads
+
+
 def _cases(op: str) -> object:
     return import_module(f"{__package__}.{op}.cases")
 
@@ -119,7 +125,7 @@ def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def run(names: list[str], device: torch.device, floor: Floor) -> Iterator[Row]:
     ops = for_device(device)
     for name in names:
-        for load in _cases(name).bench_loads(device):  # type: ignore[attr-defined]
+        for load in loads_of(name, device):
             yield measure(name, load, ops, floor)
             gc.collect()
             if device.type == "cuda":

@@ -1,0 +1,97 @@
+"""Every kernel compiles for a Hopper GPU on a machine without one, down to the machine's own code.
+
+The interpreter runs a kernel as Python and forgives what the compiler refuses; here nothing runs. The loads are the
+benchmark's, with shapes cut down where only the host's time depends on them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import replace
+from typing import Any
+
+import pagoda_kernels
+import pytest
+import torch
+from pagoda_kernels.bench import loads_of, op_names
+from pagoda_kernels.bench_loads import bench_model
+from pagoda_kernels.dispatch import Ops, for_device
+from torch.overrides import TorchFunctionMode
+
+pytest.importorskip("triton")
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may have."""
+MODEL = replace(bench_model(torch.device("cuda")), intermediate=8192, vocabulary=8192, rows=(256, 1024))
+
+
+class Hopper:
+    """What Triton's compiler asks of a driver."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Zeros(TorchFunctionMode):
+    """Inputs and results are zeros, cuBLAS's too: the values are never looked at."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch._scaled_mm:
+            return torch.zeros(args[0].shape[0], args[1].shape[1], dtype=kwargs["out_dtype"])
+        if func is torch.randn:
+            kwargs.pop("generator", None)
+            func = torch.zeros
+        result = func(*args, **kwargs)
+        return result.zero_() if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty) else result
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The kernels that a test has had compiled; tensors of the CPU count as a Hopper GPU's meanwhile."""
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
+
+    for module in pkgutil.walk_packages(pagoda_kernels.__path__, "pagoda_kernels."):
+        for name, answer in (("launches_early", True), ("has_copy_engine", True), ("bench_model", MODEL)):
+            if hasattr(importlib.import_module(module.name), name):
+                monkeypatch.setattr(f"{module.name}.{name}", lambda device, answer=answer: answer)
+    processor = type("Processor", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processor)
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(CompiledKernel, "_init_handles", lambda kernel: None)  # it would load the code into a GPU
+    monkeypatch.setattr(driver, "_active", Hopper())
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    return for_device(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_an_op_compiles_for_hopper(op: str, ops: Ops, compiled: list[Any]) -> None:
+    with Zeros():
+        for load in loads_of(op, torch.device("cpu")):
+            load.make(ops, 0).op()
+    assert compiled
+    for kernel in compiled:
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.name
