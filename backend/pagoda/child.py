@@ -43,9 +43,8 @@ class Child:
         return self._process.pid
 
     @property
-    def exit_status(self) -> int | None:
-        """None while it runs; negative for a signal."""
-        return self._process.poll()
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     @property
     def ending(self) -> str:

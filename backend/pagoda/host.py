@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import zmq
@@ -23,6 +22,7 @@ from pagoda import protocol as wire
 from pagoda.child import Child
 from pagoda.config import EngineConfig, EngineStart
 from pagoda.errors import ConfigError, EngineUnavailable, InvalidRequest
+from pagoda.senders import MetricsSink, SessionSender, TextSender
 from pagoda.text import wire as text_wire
 from pagoda.text.wire import TextAbort, TextReply, TextRequest, TextStart
 
@@ -37,30 +37,6 @@ MAX_BACKOFF = 30.0
 TEXT_START_INTERVAL = 2.0
 """Seconds between two starts of the text worker, at least."""
 OWN_SESSION = "host"
-
-
-class SessionSender(Protocol):
-    """One open session's way back to its client; called from the host's thread only."""
-
-    def send(self, payload: bytes, *, final: bool) -> None: ...
-
-    def is_cancelled(self) -> bool: ...
-
-
-class MetricsSink(Protocol):
-    """Where the engine's snapshots go; called from the host's thread only."""
-
-    def __call__(self, metrics: wire.Metrics) -> None: ...
-
-    def engine_down(self) -> None: ...
-
-
-class TextSender(Protocol):
-    """One text request's way back."""
-
-    def send(self, reply: TextReply) -> None: ...
-
-    def is_cancelled(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -144,8 +120,8 @@ class Host(threading.Thread):
                 raise ConfigError(self._text_reason)
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"the engine was not ready after load_timeout ({self.config.load_timeout:.0f} s): raise it, "
-                    "or see the engine's log for what takes long"
+                    f"the model was not ready after load_timeout ({self.config.load_timeout:.0f} s): raise it, "
+                    "or see the log for what takes long"
                 )
 
     def forward(self, raw: bytes, make_sender: Callable[[], SessionSender]) -> None:
@@ -299,20 +275,20 @@ class Host(threading.Thread):
                 self._send_down_socket(session.open_frame)
 
     def _watch_children(self) -> None:
-        if self.engine is not None and self.engine.exit_status is not None:
+        if self.engine is not None and self.engine.has_ended:
             self._engine_died(self.engine)
         if self.engine is None and self._restart_at is not None and time.monotonic() >= self._restart_at:
             self._start_engine()
         if self.text is None and time.monotonic() >= self._text_started + TEXT_START_INTERVAL:
             self._start_text()
-        if self.text is not None and self.text.exit_status is not None:
+        if self.text is not None and self.text.has_ended:
             self._text_died(self.text)
         if self.is_up and time.monotonic() - self._last_pong > PONG_TIMEOUT:
             self._kill_engine(f"it gave no answer for {PONG_TIMEOUT:.0f} s")
 
     def _text_died(self, text: Child) -> None:
         self._text_reason = text.last_words() or f"the text worker ended {text.ending}"
-        log.error("%s; it is started again", self._text_reason)
+        log.error("no text worker: %s", self._text_reason)
         text.end(grace=0)
         self.text = None
         self._fail_texts(self._text_reason)
