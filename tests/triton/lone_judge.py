@@ -55,10 +55,10 @@ class LoneJudge:
         return near_ties
 
     def _logits(self, answers: list[Given]) -> Iterator[tuple[Given, Tensor]]:
-        """Each answer with the logits [tokens, V] before its tokens; sixteen of similar length share a pass."""
+        """Each answer with the logits [tokens, V] before its tokens; four of similar length share a pass."""
         ordered = sorted(answers, key=lambda given: len(given.prompt_ids) + len(given.token_ids))
-        for first in range(0, len(ordered), 16):
-            part = ordered[first : first + 16]
+        for first in range(0, len(ordered), 4):
+            part = ordered[first : first + 4]
             rows = [[*given.prompt_ids, *given.token_ids] for given in part]
             width = max(map(len, rows))
             hidden = self.model.model(torch.tensor([row + [0] * (width - len(row)) for row in rows])).last_hidden_state
