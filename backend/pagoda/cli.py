@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shutil
@@ -142,7 +143,7 @@ def _run(settings: service.ServeSettings) -> None:
 
 def _curl_line(url: str, model: str, api_key: str | None) -> str:
     key = " -H 'authorization: Bearer ...'" if api_key else ""
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    body = json.dumps({"model": model, "messages": QUESTION, "temperature": 0})
     return f"curl -s {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'\n"
 
 
