@@ -13,8 +13,8 @@ serve: $(VENV)/.serve  ## start Triton and the OpenAI frontend with the embedded
 	@$(BIN)/pagoda pull
 	@$(BIN)/pagoda serve --model-repository model_repository $(ARGS)
 
-# Services one after another, as they want the whole machine; everything else on all cores, one thread each. Where a test
-# has two threads, the one that waits does not spin on a core that another test wants.
+# Services one after another, as they want the whole machine; everything else on all cores, one thread each. Where a
+# test has two threads, the one that waits does not spin on a core that another test wants.
 test: $(VENV)/.dev  ## everything in tests/ that this machine can run
 	$(BIN)/pagoda pull
 	@status=0; \
