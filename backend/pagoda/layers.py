@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from pagoda_kernels import Ops
+from pagoda_kernels.fp8_linear import Fp8Rows
 from torch import nn
 
 from pagoda import rope
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
+from pagoda.storage.fp8 import Fp8Product
 from pagoda.storage.scheme import Field, Plain, PlainProduct, Product, Scheme
 from pagoda.transfer import upload
+
+Inputs: TypeAlias = torch.Tensor | Fp8Rows
+"""What a Linear reads, [T, in]: rounded already only where it `rounds_inputs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +146,24 @@ class Linear(Layer):
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {own: parameter.data for own, parameter in self.named_parameters(recurse=False)}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def rounds_inputs(self) -> bool:
+        """It multiplies 8-bit floats, and takes inputs that are such already: whoever makes them may round them."""
+        return isinstance(self._product, Fp8Product)
+
+    def forward(self, x: Inputs) -> torch.Tensor:
         """x [T, in] to [T, out]."""
         assert self._product is not None, "prepare() comes before forward()"
         return self._product(x, bias=self._bias)
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, [T, out / 2], for this layer's y = [gate | up]: one operation where the weight is plain."""
-        if isinstance(self._product, PlainProduct):
+    def silu(self, x: Inputs, into: Linear) -> Inputs:
+        """silu(gate) * up, [T, out / 2], for this layer's y = [gate | up], as the layer that it goes into wants it.
+
+        One operation where the weight is plain.
+        """
+        if isinstance(self._product, PlainProduct) and isinstance(x, torch.Tensor):
             return self._product.silu(x, bias=self._bias)
-        return self._ops.silu_mul(self(x))
+        return self._ops.silu_mul_fp8(self(x)) if into.rounds_inputs else self._ops.silu_mul(self(x))
 
 
 class GroupedLinear(Layer):
@@ -197,6 +211,12 @@ class RMSNorm(Layer):
         if residual is None:
             return self._ops.rms_norm(x, self.weight, self.eps)
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def into(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor) -> Inputs:
+        """The same for the layer that alone will read it, as it wants it."""
+        if layer.rounds_inputs:
+            return self._ops.add_rms_norm_fp8(x, residual, self.weight, self.eps)
+        return self.forward(x, residual)
 
 
 class Rotary:

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from . import __path__ as _folders
-from .bench_loads import BenchLoad
+from .bench_loads import BenchLoad, Result
 from .bench_timing import matrix_rate, median_us, read_rate, sets_for
 from .dispatch import Ops, for_device
+from .fp8_linear import Fp8Rows
 from .testing import compare
 
 
@@ -118,8 +119,10 @@ def check(load: BenchLoad, ops: Ops) -> None:
         compare(got.masked_fill(infinite, 0), want.masked_fill(infinite, 0), *load.bounds)
 
 
-def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else result
+def _tensors(result: Result) -> tuple[Tensor, ...]:
+    """What can be compared. Of quantised rows the scales: a value may round either way where its number may, too."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return tuple(part.scales if isinstance(part, Fp8Rows) else part for part in parts)
 
 
 def run(names: list[str], device: torch.device, floor: Floor) -> Iterator[Row]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .dispatch import Ops
+    from .fp8_linear import Fp8Rows
+
+
+Result: TypeAlias = "Tensor | Fp8Rows | tuple[Tensor | Fp8Rows, ...]"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Calls:
 
     op: Callable[[], Any]
     """The op under test; returns what the op wrote (the changed tensor of an op that works in place)."""
-    expected: Callable[[], Tensor | tuple[Tensor, ...]]
+    expected: Callable[[], Result]
     """What `op` must return: integers exactly, floats within the load's bounds. Run once, not timed."""
     torch: Callable[[], Any] | None = None
     """The same by PyTorch's own operations, for the ratio; None if it has nothing like it."""

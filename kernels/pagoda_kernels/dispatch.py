@@ -28,7 +28,7 @@ from .lora import AddLora
 from .lora import reference as lora_reference
 from .paged_attention import PagedAttention
 from .paged_attention import cpu as paged_attention_cpu
-from .rms_norm import AddRmsNorm, RmsNorm
+from .rms_norm import AddRmsNorm, AddRmsNormFp8, RmsNorm
 from .rms_norm import reference as rms_norm_reference
 from .rotary_kv_write import RotaryKvWrite
 from .rotary_kv_write import cpu as rotary_kv_write_cpu
@@ -36,7 +36,7 @@ from .sampling import Sample
 from .sampling import cpu as sampling_cpu
 from .silu_linear import SiluLinear
 from .silu_linear import cpu as silu_linear_cpu
-from .silu_mul import SiluMul
+from .silu_mul import SiluMul, SiluMulFp8
 from .silu_mul import reference as silu_mul_reference
 
 _log = logging.getLogger(__name__)
@@ -52,8 +52,10 @@ class Ops:
 
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
+    add_rms_norm_fp8: AddRmsNormFp8
     rotary_kv_write: RotaryKvWrite
     silu_mul: SiluMul
+    silu_mul_fp8: SiluMulFp8
     gelu_mul: GeluMul
     embedding: Embedding
     grouped_linear: GroupedLinear
@@ -99,8 +101,10 @@ def _cpu_ops() -> Ops:
     return Ops(
         rms_norm=rms_norm_reference.rms_norm,
         add_rms_norm=rms_norm_reference.add_rms_norm,
+        add_rms_norm_fp8=rms_norm_reference.add_rms_norm_fp8,
         rotary_kv_write=rotary_kv_write_cpu.rotary_kv_write,
         silu_mul=silu_mul_reference.silu_mul,
+        silu_mul_fp8=silu_mul_reference.silu_mul_fp8,
         gelu_mul=gelu_mul_reference.gelu_mul,
         embedding=embedding_reference.embedding,
         grouped_linear=grouped_linear_reference.grouped_linear,
@@ -124,8 +128,10 @@ def _batch_invariant_ops() -> Ops:
     return Ops(
         rms_norm=invariant.rms_norm,
         add_rms_norm=invariant.add_rms_norm,
+        add_rms_norm_fp8=invariant.add_rms_norm_fp8,
         rotary_kv_write=invariant.rotary_kv_write,
         silu_mul=invariant.silu_mul,
+        silu_mul_fp8=invariant.silu_mul_fp8,
         gelu_mul=invariant.gelu_mul,
         embedding=embedding_reference.embedding,
         grouped_linear=products.grouped_linear,
@@ -149,8 +155,10 @@ def _cuda_ops() -> Ops:
     return Ops(
         rms_norm=_kernel("rms_norm", "rms_norm"),
         add_rms_norm=_kernel("add_rms_norm", "rms_norm"),
+        add_rms_norm_fp8=_kernel("add_rms_norm_fp8", "rms_norm"),
         rotary_kv_write=_kernel("rotary_kv_write", "rotary_kv_write"),
         silu_mul=_kernel("silu_mul", "silu_mul"),
+        silu_mul_fp8=_kernel("silu_mul_fp8", "silu_mul"),
         gelu_mul=_kernel("gelu_mul", "gelu_mul"),
         embedding=_kernel("embedding", "embedding"),
         grouped_linear=_kernel("grouped_linear", "grouped_linear"),

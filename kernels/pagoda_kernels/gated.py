@@ -59,9 +59,15 @@ def _gated_mul(
     gate_ptr = x_ptr + row * x_stride + column
     gate = tl.load(gate_ptr, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + WIDTH, inside, other=0.0).to(tl.float32)
+    out = gated(gate, up, TANH_GELU)
+    tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def gated(gate, up, TANH_GELU: tl.constexpr):
+    """Return activation(gate) * up, float32 all: GELU's, or else SiLU's."""
     if TANH_GELU:
         argument = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
     else:
         argument = gate
-    out = gate / (1.0 + tl.exp(-argument)) * up
-    tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), inside)
+    return gate / (1.0 + tl.exp(-argument)) * up

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pagoda.layers import Linear
+from pagoda_kernels.fp8_linear import Fp8Rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -67,9 +68,9 @@ class ProductErrors:
                     layer.register_forward_hook(partial(self._compare, name, torch.cat(weights), form))  # type: ignore[arg-type]
 
     def _compare(
-        self, name: str, weight: Tensor, form: Format, layer: Linear, inputs: tuple[Tensor], output: Tensor
+        self, name: str, weight: Tensor, form: Format, layer: Linear, inputs: tuple[Tensor | Fp8Rows], output: Tensor
     ) -> None:
-        x = inputs[0].float().cpu()
+        x = meant(inputs[0])
         expected = (rounded(x) if form.rounds_inputs else x) @ weight.T
         if layer._bias is not None:
             expected += layer._bias.float().cpu()
@@ -80,14 +81,21 @@ class ProductErrors:
 # ── fp8 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def meant(x: Tensor | Fp8Rows) -> Tensor:
+    """The numbers of a product's inputs [T, in], float32, on the host."""
+    if isinstance(x, Fp8Rows):
+        return x.values.float().cpu() * x.scales.cpu()[:, None]
+    return x.float().cpu()
+
+
 def rounded(x: Tensor) -> Tensor:
-    """The numbers nearest to x [T, in] that e4m3 holds with a scale of max|x| / 448 for each row."""
-    scales = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 448
+    """The numbers nearest to x [T, in] that e4m3 holds with a scale of max|x| times 1 / 448 for each row."""
+    scales = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) * (1 / 448)
     return (x / scales).to(torch.float8_e4m3fn).float() * scales
 
 
 def _fp8_by_channel(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    scale = weight.abs().amax(dim=1, keepdim=True) / 448
+    scale = weight.abs().amax(dim=1, keepdim=True) * (1 / 448)
     values = (weight / scale).to(torch.float8_e4m3fn)
     return {"weight": values, "weight_scale": scale}, values.float() * scale
 

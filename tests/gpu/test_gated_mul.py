@@ -47,3 +47,22 @@ def test_rows_may_be_strided(reference: Op, device: str) -> None:
     wide = Case("wide", 5, 100).make(device=device)
     for view in (wide[:, 3:151], wide[:, ::2]):
         compare(kernel(reference)(view), reference(view), 1e-5)
+
+
+@pytest.mark.native  # The interpreter loses the carry when it rounds to 8 bits.
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: case.name)
+def test_quantised_it_is_what_fp8_linear_would_make_of_it(case: Case, dtype: torch.dtype, device: str) -> None:
+    from pagoda_kernels.fp8_linear.kernel import quantise_rows
+    from pagoda_kernels.silu_mul.kernel import silu_mul as plain
+    from pagoda_kernels.silu_mul.kernel import silu_mul_fp8
+
+    if dtype == torch.float32 or (dtype == torch.float16 and case.name == "saturated"):
+        pytest.skip("in 16 bits, and within their range")
+    gate_up = case.make(dtype, device)
+    with PoisonedEmpty():
+        rows = silu_mul_fp8(gate_up)
+    assert rows.dtype == dtype
+    if case.rows:
+        values, scales = quantise_rows(plain(gate_up))
+        assert torch.equal(rows.scales, scales)
+        assert torch.equal(rows.values.float(), values.float())

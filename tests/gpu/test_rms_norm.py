@@ -1,4 +1,4 @@
-"""The kernel of rms_norm and add_rms_norm against the reference in float32."""
+"""The kernel of rms_norm and its kin against the reference in float32."""
 
 import pytest
 import torch
@@ -50,3 +50,24 @@ def test_add_rms_norm_rounds_the_residual_as_the_reference(
     assert torch.equal(inputs.residual, residual)
     compare(actual, expected, *bounds)
     assert actual.is_contiguous()
+
+
+@pytest.mark.native  # The interpreter loses the carry when it rounds to 8 bits.
+@cases
+def test_quantised_it_is_what_fp8_linear_would_make_of_it(case: Case, dtype: torch.dtype, device: str) -> None:
+    from pagoda_kernels.fp8_linear.kernel import quantise_rows
+    from pagoda_kernels.rms_norm import kernel
+
+    if len(case.shape) > 2 or dtype == torch.float32:
+        pytest.skip("of two dimensions, and in 16 bits")
+    inputs = case.make(dtype, device)
+    residual = inputs.residual.clone()
+    plain = kernel.add_rms_norm(inputs.x, residual, inputs.weight, inputs.eps)
+    with PoisonedEmpty():
+        rows = kernel.add_rms_norm_fp8(inputs.x, inputs.residual, inputs.weight, inputs.eps)
+    assert torch.equal(inputs.residual, residual)
+    assert rows.dtype == dtype
+    if len(plain):
+        values, scales = quantise_rows(plain)
+        assert torch.equal(rows.scales, scales)
+        assert torch.equal(rows.values.float(), values.float())

@@ -2,15 +2,20 @@
 
 import pytest
 import torch
-from pagoda_kernels.fp8_linear import E4M3_MAX, Fp8Linear, Fp8Weight, PackFp8Linear, cpu, reference
+from pagoda_kernels import batch_invariant
+from pagoda_kernels.fp8_linear import E4M3_MAX, Fp8Linear, Fp8Rows, Fp8Weight, PackFp8Linear, cpu, reference
 from pagoda_kernels.fp8_linear.cases import CASES, Case
-from pagoda_kernels.fp8_linear.quantise import from_compressed_tensors, quantise, quantise_rows
+from pagoda_kernels.fp8_linear.quantise import as_rows, from_compressed_tensors, quantise, quantise_rows
 from pagoda_kernels.testing import compare
 
-IMPLEMENTATIONS = [(reference.pack_fp8_linear, reference.fp8_linear), (cpu.pack_fp8_linear, cpu.fp8_linear)]
+IMPLEMENTATIONS = [
+    (reference.pack_fp8_linear, reference.fp8_linear),
+    (cpu.pack_fp8_linear, cpu.fp8_linear),
+    (cpu.pack_fp8_linear, batch_invariant.fp8_linear),
+]
 
 
-@pytest.mark.parametrize(("pack", "fp8_linear"), IMPLEMENTATIONS, ids=["reference", "cpu"])
+@pytest.mark.parametrize(("pack", "fp8_linear"), IMPLEMENTATIONS, ids=["reference", "cpu", "batch-invariant"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_fp8_linear_is_the_product_of_quantised_factors(case: Case, pack: PackFp8Linear, fp8_linear: Fp8Linear) -> None:
     inputs = case.make()
@@ -22,6 +27,17 @@ def test_fp8_linear_is_the_product_of_quantised_factors(case: Case, pack: PackFp
     actual = fp8_linear(inputs.x, pack(inputs.weight), inputs.bias)
     compare(actual, expected.float(), 5e-6)
     assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize(("pack", "fp8_linear"), IMPLEMENTATIONS, ids=["reference", "cpu", "batch-invariant"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rows_may_be_quantised_already(case: Case, pack: PackFp8Linear, fp8_linear: Fp8Linear) -> None:
+    inputs = case.make(torch.bfloat16)
+    packed = pack(inputs.weight)
+    rows = as_rows(inputs.x) if case.rows else Fp8Rows(inputs.x, inputs.x[:, 0], inputs.x.dtype)
+    actual = fp8_linear(rows, packed, inputs.bias)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, fp8_linear(inputs.x, packed, inputs.bias))
 
 
 def test_the_quantiser_keeps_three_bits_of_every_number() -> None:

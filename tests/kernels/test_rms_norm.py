@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from pagoda_kernels.fp8_linear.quantise import quantise_rows
 from pagoda_kernels.rms_norm.cases import CASES, Case
-from pagoda_kernels.rms_norm.reference import add_rms_norm, rms_norm
+from pagoda_kernels.rms_norm.reference import add_rms_norm, add_rms_norm_fp8, rms_norm
 from pagoda_kernels.testing import compare
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -38,3 +39,14 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     inputs = Case("low", (8, 256)).make(dtype)
     expected = exact(inputs.x, inputs.weight, inputs.eps).to(dtype)
     compare(rms_norm(inputs.x, inputs.weight, inputs.eps), expected, 2 * torch.finfo(dtype).eps)
+
+
+def test_quantised_is_the_same_rounded() -> None:
+    inputs = Case("low", (8, 256)).make(torch.bfloat16)
+    residual = inputs.residual.clone()
+    values, scales = quantise_rows(add_rms_norm(inputs.x, residual, inputs.weight, inputs.eps))
+    rows = add_rms_norm_fp8(inputs.x, inputs.residual, inputs.weight, inputs.eps)
+    assert torch.equal(inputs.residual, residual)
+    assert torch.equal(rows.values.float(), values.float())
+    assert torch.equal(rows.scales, scales)
+    assert rows.dtype == torch.bfloat16

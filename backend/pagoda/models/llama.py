@@ -5,7 +5,7 @@ The trunk of the other families: their pages show how they differ from this one.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pagoda_kernels import Ops
@@ -13,7 +13,7 @@ from torch import nn
 
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
-from pagoda.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotary
+from pagoda.layers import Attention, Embedding, Inputs, KVCache, Linear, RMSNorm, Rotary
 from pagoda.storage.scheme import Tied
 
 
@@ -33,11 +33,19 @@ class LlamaAttention(nn.Module):
         """What normalises each head of the queries and of the keys."""
         return None
 
-    def forward(self, x: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
+    def forward(self, x: Inputs, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
         return self.o_proj(self.attention(self.qkv_proj(x), batch, rotary, cache, self.head_norms()))
 
 
-class LlamaMLP(nn.Module):
+class MLP(nn.Module):
+    """What follows attention in a layer."""
+
+    def after(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Of the sum of x and residual, normalised; residual becomes the sum."""
+        return cast(torch.Tensor, self(norm(x, residual)))
+
+
+class LlamaMLP(MLP):
     def __init__(self, config: HFConfig, ops: Ops) -> None:
         super().__init__()
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
@@ -45,8 +53,10 @@ class LlamaMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, ops, bias=config.mlp_bias)
         self._gelu_mul = None if config.activation == "silu" else ops.gelu_mul
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gated = self._gelu_mul(self.gate_up_proj(x)) if self._gelu_mul else self.gate_up_proj.silu(x)
+    def after(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        gate_up = self.gate_up_proj
+        inputs = norm.into(gate_up, x, residual)
+        gated = self._gelu_mul(gate_up(inputs)) if self._gelu_mul else gate_up.silu(inputs, self.down_proj)
         return self.down_proj(gated)
 
 
@@ -60,15 +70,16 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = self.make_mlp(config, layer, ops)
 
-    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> nn.Module:
+    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> MLP:
         return LlamaMLP(config, ops)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
     ) -> torch.Tensor:
         """x is this layer's input not yet added to `residual`, which is updated in place."""
-        x = self.self_attn(self.input_layernorm(x, residual), batch, rotary, cache)
-        return self.mlp(self.post_attention_layernorm(x, residual))
+        inputs = self.input_layernorm.into(self.self_attn.qkv_proj, x, residual)
+        x = self.self_attn(inputs, batch, rotary, cache)
+        return self.mlp.after(self.post_attention_layernorm, x, residual)
 
 
 class LlamaModel(nn.Module):

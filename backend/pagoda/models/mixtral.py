@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from pagoda_kernels import Ops
-from torch import nn
 
 from pagoda.batch import Batch
 from pagoda.errors import CheckpointError
 from pagoda.hf_config import HFConfig
 from pagoda.layers import KVCache, Rotary
-from pagoda.models.llama import LlamaForCausalLM, LlamaLayer, LlamaModel
+from pagoda.models.llama import MLP, LlamaForCausalLM, LlamaLayer, LlamaModel
 from pagoda.models.mixture import ExpertNames, SparseMLP
 
 
@@ -20,7 +19,7 @@ class MixtralLayer(LlamaLayer):
         self.block_sparse_moe = self.mlp
         del self.mlp
 
-    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> nn.Module:
+    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> MLP:
         if config.mixture is None:
             raise CheckpointError("config.json of a Mixtral lacks the key 'num_local_experts'")
         return SparseMLP(config, config.mixture, ops, ExpertNames("w1", "w3", "w2"))
@@ -28,8 +27,9 @@ class MixtralLayer(LlamaLayer):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
     ) -> torch.Tensor:
-        x = self.self_attn(self.input_layernorm(x, residual), batch, rotary, cache)
-        return self.block_sparse_moe(self.post_attention_layernorm(x, residual))
+        inputs = self.input_layernorm.into(self.self_attn.qkv_proj, x, residual)
+        x = self.self_attn(inputs, batch, rotary, cache)
+        return self.block_sparse_moe.after(self.post_attention_layernorm, x, residual)
 
 
 class MixtralModel(LlamaModel):

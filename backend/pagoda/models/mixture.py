@@ -13,6 +13,7 @@ from torch import nn
 
 from pagoda.hf_config import HFConfig, MixtureConfig
 from pagoda.layers import GroupedLinear, Linear
+from pagoda.models.llama import MLP
 
 
 class ExpertNames(NamedTuple):
@@ -35,7 +36,7 @@ class Experts(nn.Module):
         return self.down_proj(self._activate(self.gate_up_proj(x, starts)), starts)
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(MLP):
     def __init__(self, config: HFConfig, mixture: MixtureConfig, ops: Ops, names: ExpertNames | None = None) -> None:
         super().__init__()
         self.gate = Linear(config.hidden_size, mixture.num_experts, ops)

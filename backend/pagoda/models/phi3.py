@@ -6,10 +6,9 @@ Rotation of a part of each head, longrope and the sliding window are the configu
 from __future__ import annotations
 
 from pagoda_kernels import Ops
-from torch import nn
 
 from pagoda.hf_config import HFConfig
-from pagoda.models.llama import LlamaAttention, LlamaForCausalLM, LlamaLayer, LlamaMLP, LlamaModel
+from pagoda.models.llama import MLP, LlamaAttention, LlamaForCausalLM, LlamaLayer, LlamaMLP, LlamaModel
 
 
 class Phi3Attention(LlamaAttention):
@@ -27,7 +26,7 @@ class Phi3MLP(LlamaMLP):
 class Phi3Layer(LlamaLayer):
     attention_class = Phi3Attention
 
-    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> nn.Module:
+    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> MLP:
         return Phi3MLP(config, ops)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pagoda_kernels import Ops
-from torch import nn
 
 from pagoda.hf_config import HFConfig
-from pagoda.models.llama import LlamaForCausalLM, LlamaModel
+from pagoda.models.llama import MLP, LlamaForCausalLM, LlamaModel
 from pagoda.models.mixture import SparseMLP
 from pagoda.models.qwen3 import Qwen3Layer
 
 
 class Qwen3MoeLayer(Qwen3Layer):
-    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> nn.Module:
+    def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> MLP:
         mixture = config.mixture
         if mixture is None or not mixture.layers[layer]:
             return super().make_mlp(config, layer, ops)

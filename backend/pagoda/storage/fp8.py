@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from pagoda_kernels import Ops
-from pagoda_kernels.fp8_linear import E4M3_MAX, Fp8Weight
+from pagoda_kernels.fp8_linear import E4M3_MAX, Fp8Linear, Fp8Rows, Fp8Weight, PackedFp8Weight
 from pagoda_kernels.fp8_linear.quantise import from_compressed_tensors, quantise
 from torch import Tensor
 
@@ -23,6 +23,17 @@ def check_sizes(out_features: int, in_features: int) -> None:
             f"fp8 weights have sizes that are multiples of 16, not {out_features} x {in_features}: "
             "take a checkpoint that leaves this matrix plain, with the parameter quantization at 'auto'"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Product:
+    """Takes inputs that are quantised already, too."""
+
+    linear: Fp8Linear
+    packed: PackedFp8Weight
+
+    def __call__(self, x: Tensor | Fp8Rows, *, bias: Tensor | None) -> Tensor:
+        return self.linear(x, self.packed, bias)
 
 
 class Fp8:
@@ -67,4 +78,4 @@ class Fp8OnLoad(Plain):
 
 
 def _product(weight: Fp8Weight, ops: Ops) -> Product:
-    return partial(ops.fp8_linear, packed=ops.pack_fp8_linear(weight))
+    return Fp8Product(ops.fp8_linear, ops.pack_fp8_linear(weight))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pagoda_kernels import Ops, PackedWeight
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 
 class Product(Protocol):
-    def __call__(self, x: Tensor, *, bias: Tensor | None) -> Tensor:
-        """x [T, in] to [T, out]."""
+    def __call__(self, x: Any, *, bias: Tensor | None) -> Tensor:
+        """x [T, in] to [T, out]: a Tensor, and where the product rounds its inputs, Fp8Rows as well."""
 
 
 @dataclass(frozen=True, slots=True)

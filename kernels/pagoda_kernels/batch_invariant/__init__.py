@@ -17,6 +17,7 @@ from .products import Products
 from .rows import (
     add_lora,
     add_rms_norm,
+    add_rms_norm_fp8,
     fp8_linear,
     gelu_mul,
     int4_linear,
@@ -24,6 +25,7 @@ from .rows import (
     rotary_kv_write,
     sample,
     silu_mul,
+    silu_mul_fp8,
     top_logprobs,
 )
 
@@ -31,6 +33,7 @@ __all__ = [
     "Products",
     "add_lora",
     "add_rms_norm",
+    "add_rms_norm_fp8",
     "fp8_linear",
     "gelu_mul",
     "int4_linear",
@@ -39,5 +42,6 @@ __all__ = [
     "rotary_kv_write",
     "sample",
     "silu_mul",
+    "silu_mul_fp8",
     "top_logprobs",
 ]

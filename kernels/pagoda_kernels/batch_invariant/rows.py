@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fp8_linear import PackedFp8Weight
+from ..fp8_linear import Fp8Rows, PackedFp8Weight
 from ..fp8_linear import cpu as fp8_linear_cpu
+from ..fp8_linear.quantise import as_rows
 from ..gelu_mul import reference as gelu_mul_reference
 from ..int4_linear import PackedInt4Weight
 from ..int4_linear import cpu as int4_linear_cpu
@@ -52,9 +53,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return rms_norm(residual, weight, eps)
 
 
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
+    """See AddRmsNormFp8. A row's bits depend on that row of x and residual alone."""
+    return as_rows(add_rms_norm(x, residual, weight, eps))
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See SiluMul. A row's bits depend on that row alone."""
     return _gated(silu_mul_reference.silu_mul, gate_up)
+
+
+def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
+    """See SiluMulFp8. A row's bits depend on that row alone."""
+    return as_rows(silu_mul(gate_up))
 
 
 def gelu_mul(gate_up: Tensor) -> Tensor:
@@ -90,9 +101,11 @@ def add_lora(out: Tensor, x: Tensor, a: Tensor, b: Tensor, adapters: Tensor, sca
         lora_reference.add_lora(out[one], x[one].clone(), a, b, adapters[one], scales)
 
 
-def fp8_linear(x: Tensor, packed: PackedFp8Weight, bias: Tensor | None = None) -> Tensor:
+def fp8_linear(x: Tensor | Fp8Rows, packed: PackedFp8Weight, bias: Tensor | None = None) -> Tensor:
     """See Fp8Linear. Row by row: a row's bits depend on that row, the weight and the bias alone."""
-    return _one_by_one(lambda row: fp8_linear_cpu.fp8_linear(row, packed, bias), x, packed.out_features)
+    rounded = fp8_linear_cpu.rounded(x)
+    product = _one_by_one(lambda row: fp8_linear_cpu.rounded_product(row, packed, bias), rounded, packed.out_features)
+    return product.to(x.dtype)
 
 
 def int4_linear(x: Tensor, packed: PackedInt4Weight, bias: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """fp8_linear: a matrix product of 8-bit floats (e4m3, Micikevicius et al. 2022, arXiv:2209.05433).
 
 The weight has a scale for each output. x is quantised on the way in, with a scale for each row, so both factors are
-e4m3 and the sum is float32.
+e4m3 and the sum is float32. What makes x may quantise it as well, while it is at hand: add_rms_norm_fp8, silu_mul_fp8.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,22 @@ E4M3_MAX = 448.0
 """The largest number of e4m3."""
 SMALLEST_SCALE = 2.0**-40
 """A row of zeros gets this scale: any is right, 0 would divide by itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Rows:
+    """A quantised x, of values * scales[:, None]."""
+
+    values: Tensor
+    """[T, in], float8_e4m3fn, contiguous: in each row the numbers nearest to x / scale."""
+    scales: Tensor
+    """[T], float32: in each row max|x| times 1 / 448."""
+    dtype: torch.dtype
+    """Of x, and of a product with it."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +77,8 @@ class PackFp8Linear(Protocol):
 
 
 class Fp8Linear(Protocol):
-    def __call__(self, x: Tensor, packed: PackedFp8Weight, bias: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor | Fp8Rows, packed: PackedFp8Weight, bias: Tensor | None = None) -> Tensor:
         """Return quantised(x) @ weight.T + bias, [T, out], contiguous, in x.dtype.
 
-        x [T, in] (any strides, T may be 0); quantised(x) has, in each row, the e4m3 numbers nearest to x / scale, times
-        the scale max|x| / 448. bias [out].
+        x [T, in] (any strides, T may be 0), or quantised already; bias [out].
         """

@@ -1,8 +1,8 @@
-"""fp8_linear on CUDA: a kernel that quantises x, then tiles of our own or torch's _scaled_mm (cuBLAS).
+"""fp8_linear on CUDA: a kernel that quantises x, unless what made x has, then tiles of our own or torch's _scaled_mm.
 
 The five matrices of Llama-3.1-8B, all 129 products in one CUDA graph on an H200, µs, quantiser included:
 
-| rows | tiles.py | _scaled_mm | the choice below | bf16 cuBLAS |
+| rows | tiles.py | _scaled_mm (cuBLAS) | the choice below | bf16 cuBLAS |
 | --- | --- | --- | --- | --- |
 | 16 | 2429 | 3494 | 2353 | 3987 |
 | 64 | 2683 | 3572 | 2554 | 4180 |
@@ -24,7 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..early_launch import launches_early
 from ..linear.tiles import Scales, Tile, can_tile, has_copy_engine, tiled_product
-from . import E4M3_MAX, SMALLEST_SCALE, Fp8Weight, PackedFp8Weight
+from . import Fp8Rows, Fp8Weight, PackedFp8Weight
+from .e4m3 import to_e4m3
 
 __all__ = ["fp8_linear", "pack_fp8_linear", "quantise_rows"]
 
@@ -48,14 +49,14 @@ def pack_fp8_linear(weight: Fp8Weight) -> PackedFp8Weight:
     return PackedFp8Weight(weight.values.contiguous(), weight.scales, arrivals, *weight.values.shape)
 
 
-def fp8_linear(x: Tensor, packed: PackedFp8Weight, bias: Tensor | None = None) -> Tensor:
+def fp8_linear(x: Tensor | Fp8Rows, packed: PackedFp8Weight, bias: Tensor | None = None) -> Tensor:
     """See Fp8Linear."""
     assert packed.scales is not None
     if x.shape[0] == 0:
-        return x.new_empty(0, packed.out_features)
-    values, scales = quantise_rows(x)
+        return packed.scales.new_empty(0, packed.out_features, dtype=x.dtype)
+    values, scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else quantise_rows(x)
     tile = _tile(x.shape[0], packed)
-    if tile is None or not can_tile(packed.data) or not has_copy_engine(x.device):
+    if tile is None or not can_tile(packed.data) or not has_copy_engine(values.device):
         return _by_cublas(values, scales, packed, bias, x.dtype)
     return tiled_product(values, packed.data, bias, tile, x.dtype, Scales(scales, packed.scales), packed.arrivals)
 
@@ -96,8 +97,6 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         x.stride(0),
         SIZE=size,
         COLUMNS=triton.next_power_of_2(size),
-        LARGEST=E4M3_MAX,
-        SMALLEST=SMALLEST_SCALE,
         EARLY=early,
         num_warps=8,
         **({"launch_pdl": True} if early else {}),
@@ -113,22 +112,14 @@ def _quantise_rows(
     x_stride,
     SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, COLUMNS)[None, :]
     x = tl.load(x_ptr + row * x_stride + column, column < SIZE, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LARGEST, SMALLEST)
-    # x / scale: the product with the inverse, and what it leaves of x. As division rounds, except where all bits of the
-    # scale are ones (Markstein 1990), which no 16-bit x / 448 is. Dividing took 3 of 10 µs for 256 x 14336 on an H100.
-    inverse = tl.div_rn(1.0, scale)
-    near = x * inverse
-    exact = tl.fma(tl.fma(-near, scale, x), inverse, near)
-    values = tl.clamp(exact, -LARGEST, LARGEST)
-    tl.store(values_ptr + row * SIZE + column, values.to(tl.float8e4nv), column < SIZE)
-    tl.store(scales_ptr + row, scale)
+    values, scale = to_e4m3(x)
+    tl.store(values_ptr + row * SIZE + column, values, column < SIZE)
+    tl.store(scales_ptr + row + tl.arange(0, 1), scale)

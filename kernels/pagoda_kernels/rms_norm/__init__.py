@@ -1,8 +1,13 @@
-"""rms_norm and add_rms_norm: root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+"""rms_norm: root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+add_rms_norm has a residual; add_rms_norm_fp8 quantises the result, too.
+"""
 
 from typing import Protocol
 
 from torch import Tensor
+
+from ..fp8_linear import Fp8Rows
 
 
 class RmsNorm(Protocol):
@@ -21,3 +26,8 @@ class AddRmsNorm(Protocol):
         x, residual: [T, H] of one dtype; weight: [H]. The sum is rounded to residual.dtype before it is normalised,
         so that the next layer sees the same residual as this one.
         """
+
+
+class AddRmsNormFp8(Protocol):
+    def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
+        """Do what add_rms_norm does, and return its result quantised: its rounded numbers, as fp8_linear would."""

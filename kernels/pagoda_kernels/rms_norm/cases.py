@@ -1,4 +1,4 @@
-"""Shared cases of rms_norm and add_rms_norm."""
+"""Shared cases of rms_norm and its kin."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,11 +54,12 @@ CASES = (
 
 
 def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
-    """The model's norms, with and without the residual."""
+    """The model's norms, with and without the residual, and quantised."""
     model = bench_model(device)
     for rows in model.rows:
         yield _norm_load(model, rows, device)
         yield _add_load(model, rows, device)
+        yield _add_fp8_load(model, rows, device)
 
 
 def _norm_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
@@ -87,3 +88,16 @@ def _add_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
 
     moved = 4 * rows * model.hidden * model.dtype.itemsize
     return BenchLoad(f"{rows} x {model.hidden}, residual", make, moved, bounds=model.bounds)
+
+
+def _add_fp8_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
+    def make(ops: Ops, seed: int) -> Calls:
+        x, residual = randn(2, rows, model.hidden, device=device, seed=seed, dtype=model.dtype)
+        weight = randn(model.hidden, device=device, seed=seed + 1, dtype=model.dtype)
+        return Calls(
+            lambda: (ops.add_rms_norm_fp8(x, residual, weight, 1e-5), residual),
+            lambda: (reference.add_rms_norm_fp8(x, residual, weight, 1e-5), residual),
+        )
+
+    moved = rows * model.hidden * (3 * model.dtype.itemsize + 1)
+    return BenchLoad(f"{rows} x {model.hidden}, residual, fp8", make, moved, bounds=model.bounds)

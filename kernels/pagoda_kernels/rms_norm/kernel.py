@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm in the Triton language: one pass, a few rows to a program, each row in registers."""
+"""rms_norm and its kin in the Triton language: one pass, a few rows to a program, each row in registers."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..early_launch import launches_early
+from ..fp8_linear import Fp8Rows
+from ..fp8_linear.e4m3 import to_e4m3
 
 # Elements of a program's tile. A row of 4096 is one program of 4 warps: 32 elements a thread, that is four independent
 # 16-byte loads of a 16-bit dtype. Narrow rows (the QK norm's 64 or 128) share a program.
@@ -30,18 +32,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See AddRmsNorm."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_add(x, residual, weight, out, eps)
+    return out
+
+
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
+    """See AddRmsNormFp8."""
+    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    _launch_add(x, residual, weight, values, eps, scales)
+    return Fp8Rows(values, scales, x.dtype)
+
+
+def _launch_add(
+    x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float, scales: Tensor | None = None
+) -> None:
     if out.numel() > 0:
         if residual.stride(1) != 1:
             raise ValueError(f"the residual's rows must be contiguous, its strides are {residual.stride()}")
         x = x if x.stride(1) == 1 else x.contiguous()
-        _launch(x, (x.stride(0), 0), 1, residual, weight, out, eps)
-    return out
+        _launch(x, (x.stride(0), 0), 1, residual, weight, out, eps, scales)
 
 
 def _launch(
-    x: Tensor, strides: tuple[int, ...], inner: int, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float
+    x: Tensor,
+    strides: tuple[int, ...],
+    inner: int,
+    residual: Tensor | None,
+    weight: Tensor,
+    out: Tensor,
+    eps: float,
+    scales: Tensor | None = None,
 ) -> None:
-    """Row i of x lies at (i // inner) * strides[0] + (i % inner) * strides[1]."""
+    """Row i of x lies at (i // inner) * strides[0] + (i % inner) * strides[1]. With scales, out is e4m3."""
     size = out.shape[-1]
     rows = out.numel() // size
     columns = triton.next_power_of_2(size)
@@ -54,6 +77,7 @@ def _launch(
         x if residual is None else residual,
         weight,
         out,
+        scales,
         rows,
         strides[0],
         strides[1],
@@ -76,6 +100,7 @@ def _rms_norm(
     residual_ptr,
     weight_ptr,
     out_ptr,
+    scales_ptr,
     rows,
     x_outer,
     x_inner,
@@ -91,7 +116,8 @@ def _rms_norm(
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    each = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = each[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < SIZE)
     weight = tl.load(weight_ptr + column, column < SIZE, other=0.0).to(tl.float32)
@@ -103,4 +129,7 @@ def _rms_norm(
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
     out = x * scale[:, None] * weight
+    if scales_ptr is not None:
+        out, scales = to_e4m3(out.to(x_ptr.dtype.element_ty).to(tl.float32))
+        tl.store(scales_ptr + each, scales, each < rows)
     tl.store(out_ptr + row * SIZE + column, out.to(out_ptr.dtype.element_ty), inside)

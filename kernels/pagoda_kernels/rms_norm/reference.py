@@ -1,7 +1,10 @@
-"""The specification of rms_norm and add_rms_norm, in plain torch."""
+"""The specification of rms_norm, add_rms_norm and add_rms_norm_fp8, in plain torch."""
 
 import torch
 from torch import Tensor
+
+from ..fp8_linear import Fp8Rows
+from ..fp8_linear.quantise import as_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -15,3 +18,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     """See AddRmsNorm."""
     residual += x
     return rms_norm(residual, weight, eps)
+
+
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
+    """See AddRmsNormFp8."""
+    return as_rows(add_rms_norm(x, residual, weight, eps))

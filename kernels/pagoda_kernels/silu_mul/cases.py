@@ -1,4 +1,4 @@
-"""Shared cases of silu_mul."""
+"""Shared cases of silu_mul and silu_mul_fp8."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,18 +38,21 @@ CASES = (
 
 
 def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
-    """The model's activations: [rows, 2 * intermediate]."""
+    """The model's activations: [rows, 2 * intermediate], plain and quantised."""
     model = bench_model(device)
 
-    def load(rows: int) -> BenchLoad:
+    def load(rows: int, *, fp8: bool) -> BenchLoad:
         def make(ops: Ops, seed: int) -> Calls:
             gate_up = randn(rows, 2 * model.intermediate, device=device, seed=seed, dtype=model.dtype)
+            if fp8:
+                return Calls(lambda: ops.silu_mul_fp8(gate_up), lambda: reference.silu_mul_fp8(gate_up))
             gate, up = gate_up.chunk(2, dim=1)
             return Calls(
                 lambda: ops.silu_mul(gate_up), lambda: reference.silu_mul(gate_up), lambda: silu(gate).mul_(up)
             )
 
-        moved = 3 * rows * model.intermediate * model.dtype.itemsize
-        return BenchLoad(f"{rows} x {model.intermediate}", make, moved, bounds=model.bounds)
+        moved = rows * model.intermediate * (2 * model.dtype.itemsize + (1 if fp8 else model.dtype.itemsize))
+        name = f"{rows} x {model.intermediate}{', fp8' if fp8 else ''}"
+        return BenchLoad(name, make, moved, bounds=model.bounds)
 
-    return (load(rows) for rows in model.rows)
+    return (load(rows, fp8=fp8) for rows in model.rows for fp8 in (False, True))
