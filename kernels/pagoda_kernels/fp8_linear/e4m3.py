@@ -13,9 +13,12 @@ _SMALLEST: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
 
 
 @triton.jit
-def to_e4m3(x):
-    """Return the values and scales [rows] of x [rows, columns] float32: those of quantise.py, for 16-bit numbers."""
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1) * _INVERSE, _SMALLEST)
+def to_e4m3(x, largest):
+    """Return the values and scales [rows] of x [rows, columns] float32: those of quantise.py, for 16-bit numbers.
+
+    largest [rows] is max|x|.
+    """
+    scale = tl.maximum(largest * _INVERSE, _SMALLEST)
     # x / scale: the product with the inverse, and what it leaves of x. As division rounds, except where all bits of the
     # scale are ones (Markstein 1990), which no 16-bit x / 448 is. Dividing took 3 of 10 µs for 256 x 14336 on an H100.
     inverse = tl.div_rn(1.0, scale)[:, None]

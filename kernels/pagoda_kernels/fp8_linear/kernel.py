@@ -120,6 +120,6 @@ def _quantise_rows(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)[None, :]
     x = tl.load(x_ptr + row * x_stride + column, column < SIZE, other=0.0).to(tl.float32)
-    values, scale = to_e4m3(x)
+    values, scale = to_e4m3(x, tl.max(tl.abs(x), axis=1))
     tl.store(values_ptr + row * SIZE + column, values, column < SIZE)
     tl.store(scales_ptr + row + tl.arange(0, 1), scale)

@@ -127,9 +127,24 @@ def _rms_norm(
         total = (x + tl.load(residual, inside, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
         tl.store(residual, total, inside)
         x = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
-    out = x * scale[:, None] * weight
-    if scales_ptr is not None:
-        out, scales = to_e4m3(out.to(x_ptr.dtype.element_ty).to(tl.float32))
+    weighted = x * weight
+    if scales_ptr is None:
+        out = weighted * tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)[:, None]
+    else:
+        # Both reductions in one. The largest number stays that when all are scaled and rounded.
+        squares, largest = tl.reduce((x * x, tl.abs(weighted)), 1, _add_and_compare)
+        scale = tl.rsqrt(squares / SIZE + eps)
+        out, scales = to_e4m3(_rounded(weighted * scale[:, None], x_ptr), _rounded(largest * scale, x_ptr))
         tl.store(scales_ptr + each, scales, each < rows)
     tl.store(out_ptr + row * SIZE + column, out.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _add_and_compare(total, largest, other_total, other_largest):
+    return total + other_total, tl.maximum(largest, other_largest)
+
+
+@triton.jit
+def _rounded(x, like_ptr):
+    """x float32, as it is in the type of what a pointer points to."""
+    return x.to(like_ptr.dtype.element_ty).to(tl.float32)
