@@ -36,6 +36,15 @@ LARGE = (
     Case("llama_mixed", (*_RAGGED[:40], (511, 511), (513, 2000), (1, 1), (2, 700)), 40, **_LLAMA),
     Case("llama_mixed_window", (*_RAGGED[:40], (511, 511), (513, 2000), (1, 1)), 40, **_LLAMA, window=700),
     Case("llama_mixed_float8", (*_RAGGED[:40], (511, 511), (2, 700)), 40, **_LLAMA, cache_dtype=FLOAT8, k_scale=0.7),
+    Case("llama_decodes_float8", _RAGGED, 300, **_LLAMA, cache_dtype=FLOAT8, k_scale=0.7, v_scale=1.3),
+    Case(
+        "llama_shared_float8",
+        tuple((1, 1500 + i) for i in range(70)),
+        70,
+        **_LLAMA,
+        shared_prefix=1488,
+        cache_dtype=FLOAT8,
+    ),
     Case("llama_shared", tuple((1, 1500 + i) for i in range(70)), 70, **_LLAMA, shared_prefix=1488),
     Case("llama_prefill_window", ((2048, 2048), (1000, 5000), (77, 77)), 0, **_LLAMA, window=900),
     Case("gemma_like", (*_RAGGED[:9], (300, 900)), 9, 16, 8, 256, window=512, softcap=50.0),
@@ -65,6 +74,16 @@ def test_paged_attention_agrees_with_the_reference(case: Case, dtype: torch.dtyp
         actual = inputs.run(kernel.paged_attention)
     compare(actual, expected.to(dtype), *bounds)
     assert actual.is_contiguous()
+
+
+@pytest.mark.native
+def test_queries_beyond_float16_find_the_keys_of_8_bits_that_they_point_to(device: str) -> None:
+    from pagoda_kernels.paged_attention import kernel
+
+    inputs = replace(SMALL, cache_dtype=FLOAT8).make(torch.bfloat16, device)
+    inputs = replace(inputs, q=torch.where(inputs.q.abs() > 0.5, inputs.q * 1e6, 0.0))
+    expected = wide(inputs).run(reference.paged_attention)
+    compare(inputs.run(kernel.paged_attention), expected.to(torch.bfloat16), 2e-2, 4e-3)
 
 
 GATHERED = (

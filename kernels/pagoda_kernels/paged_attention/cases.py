@@ -158,6 +158,7 @@ def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
     )
     ragged = [lengths.randint(*varied) for _ in range(many)]
     yield _decode_load(model, device, f"{many} decodes of {varied[0]} to {varied[1]}", ragged)
+    yield _decode_load(model, device, f"{many} decodes of {varied[0]} to {varied[1]}, fp8 cache", ragged, fp8=True)
     for count, length in short:
         yield _decode_load(model, device, f"{count} x {length} decode", [length] * count, bound=bound)
     for count in (1, 4):
@@ -170,17 +171,28 @@ def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
 
 
 def _decode_load(
-    model: BenchModel, device: torch.device, name: str, contexts: list[int], shared: int = 0, bound: int = 0
+    model: BenchModel,
+    device: torch.device,
+    name: str,
+    contexts: list[int],
+    shared: int = 0,
+    bound: int = 0,
+    *,
+    fp8: bool = False,
 ) -> BenchLoad:
     def make(ops: Ops, seed: int) -> Calls:
         inputs = _bench_inputs(model, device, [(1, c) for c in contexts], len(contexts), seed, shared)
+        if fp8:
+            caches = (cache.to(torch.float8_e4m3fn) for cache in (inputs.k_cache, inputs.v_cache))
+            inputs = replace(inputs, k_cache=next(caches), v_cache=next(caches))
         launched = inputs
         if bound:
             launched = replace(inputs, batch=replace(inputs.batch, context_lens_host=[bound] * len(contexts)))
         return Calls(lambda: launched.run(ops.paged_attention), lambda: inputs.run(reference.paged_attention))
 
     positions = sum(contexts) - shared * (len(contexts) - 1 if shared else 0)
-    moved = 2 * (positions * model.kv_heads + len(contexts) * model.heads) * model.head_size * model.dtype.itemsize
+    cached = positions * model.kv_heads * (1 if fp8 else model.dtype.itemsize)
+    moved = 2 * (cached + len(contexts) * model.heads * model.dtype.itemsize) * model.head_size
     return BenchLoad(name, make, moved, bounds=model.bounds)
 
 

@@ -175,7 +175,9 @@ def _decode(
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    q = load_queries(q_ptr + request * q_token, row, head, 0, q_head, real, GROUP, HEAD_PADDED)
+    q = load_queries(
+        q_ptr + request * q_token, row, head, 0, q_head, real, k_ptr.dtype.element_ty.is_fp8(), GROUP, HEAD_PADDED
+    )
     if AHEAD:
         position = begin + tl.arange(0, POSITIONS)
         seen = ((position >= first) & (position < context))[None, :]

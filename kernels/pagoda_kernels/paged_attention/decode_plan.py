@@ -63,6 +63,10 @@ def plan_decodes(call: Call, max_context: int, with_prefix: bool) -> Plan:
         # In registers, where 8-bit keys take 16 bits.
         size, itemsize = 8192 if few else 16384, call.q.element_size()
         warps, stages = 2 if rows == 16 else 4, 3
+    elif call.k_cache.element_size() == 1:
+        # Keys of 8 bits have half the bytes and more instructions each, for which small programs take turns.
+        size, itemsize = 8192, 1
+        warps, stages = 2 if rows == 16 else 4, 2
     else:
         size, itemsize = 32768, call.k_cache.element_size()
         warps, stages = 4, 2

@@ -163,7 +163,8 @@ def _prefill(
     query = skipped + row // GROUP
     real = ((row < QUERIES * GROUP) & (query < length))[:, None] & (dimension < HEAD_SIZE)[None, :]
     first_token = (token + skipped).to(tl.int64)
-    q = load_queries(q_ptr + first_token * q_token, row, head, q_token, q_head, real, GROUP, HEAD_PADDED)
+    eight_bits: tl.constexpr = False if GATHERED else k_ptr.dtype.element_ty.is_fp8()
+    q = load_queries(q_ptr + first_token * q_token, row, head, q_token, q_head, real, eight_bits, GROUP, HEAD_PADDED)
     total, peak, weight_sum = nothing_seen(ROWS, HEAD_PADDED)
 
     # Of the positions up to end, every row sees [unmasked, masked) in full: whole tiles.

@@ -91,7 +91,17 @@ def _prefix(
     decode = first_decode + row // GROUP
     is_row = (row < QUERIES * GROUP) & (decode < num_decodes)
     real = is_row[:, None] & (dimension < HEAD_SIZE)[None, :]
-    q = load_queries(q_ptr + first_decode * q_token, row, head, q_token, q_head, real, GROUP, HEAD_PADDED)
+    q = load_queries(
+        q_ptr + first_decode * q_token,
+        row,
+        head,
+        q_token,
+        q_head,
+        real,
+        k_ptr.dtype.element_ty.is_fp8(),
+        GROUP,
+        HEAD_PADDED,
+    )
     total, peak, weight_sum = nothing_seen(ROWS, HEAD_PADDED)
 
     each = tl.cdiv(tl.cdiv(shared, POSITIONS), prefix_parts) * POSITIONS

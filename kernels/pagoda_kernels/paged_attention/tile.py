@@ -19,11 +19,21 @@ def nothing_seen(ROWS: tl.constexpr, HEAD_PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_queries(q_ptr, row, head, q_row, q_head, real, GROUP: tl.constexpr, HEAD_PADDED: tl.constexpr):
-    """Rows of queries, a token's GROUP heads after each other; q_ptr is at token and head 0 of the first."""
+def load_queries(
+    q_ptr, row, head, q_row, q_head, real, EIGHT_BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_PADDED: tl.constexpr
+):
+    """Rows of queries, a token's GROUP heads after each other; q_ptr is at token and head 0 of the first.
+
+    EIGHT_BITS: for keys of 8 bits, which become what the queries are: two of them float16 by one instruction, bfloat16
+    by four, which were the limit of decodes. So bfloat16 queries become float16. That holds them exactly, but for those
+    beyond 65504, whose softmax has long been decided, and some so small that they do not count.
+    """
     dimension = tl.arange(0, HEAD_PADDED)
     offset = (row // GROUP) * q_row + (head * GROUP + row % GROUP) * q_head
-    return tl.load(q_ptr + offset[:, None] + dimension[None, :], real, other=0.0)
+    q = tl.load(q_ptr + offset[:, None] + dimension[None, :], real, other=0.0)
+    if EIGHT_BITS and q.dtype == tl.bfloat16:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    return q
 
 
 @triton.jit
