@@ -28,6 +28,7 @@ class PagedAttention(Protocol):
         q: [T, Hq, D], last dimension contiguous, T = sum of the query lengths.
         k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous, in q.dtype or float8_e4m3fn; Hq is a multiple of
         Hkv, and query head h reads KV head h // (Hq / Hkv). This step's keys and values are already written.
+        Beside float8_e4m3fn, a bfloat16 q may be cut off at ±65504.
         scale: factor on the dot products, usually D ** -0.5; positive.
         window: each query sees at most this many positions, the most recent, its own included; 0: all.
         softcap: scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv:2408.00118); 0: none.

@@ -25,8 +25,8 @@ def load_queries(
     """Rows of queries, a token's GROUP heads after each other; q_ptr is at token and head 0 of the first.
 
     EIGHT_BITS: for keys of 8 bits, which become what the queries are: two of them float16 by one instruction, bfloat16
-    by four, which were the limit of decodes. So bfloat16 queries become float16. That holds them exactly, but for those
-    beyond 65504, whose softmax has long been decided, and some so small that they do not count.
+    by four, which were the limit of decodes. So bfloat16 queries become float16: exactly from 2^-14 on, smaller ones to
+    within 2^-25. Those beyond 65504, which no model has, are cut off there.
     """
     dimension = tl.arange(0, HEAD_PADDED)
     offset = (row // GROUP) * q_row + (head * GROUP + row % GROUP) * q_head
