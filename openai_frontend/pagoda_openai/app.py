@@ -28,9 +28,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(registry.run())
+        tasks = [asyncio.create_task(watch) for watch in (registry.run(), frontend.read_ahead())]
         yield
-        watch.cancel()
+        for task in tasks:
+            task.cancel()
         await registry.close("the server is shutting down")
         await triton.close()
 

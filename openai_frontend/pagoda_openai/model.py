@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,12 @@ from pagoda.text.tokenizer import Tokenizer
 from pagoda_openai.settings import Settings
 
 T = TypeVar("T")
+log = logging.getLogger("pagoda.frontend")
 
 LONG_TEXT = 4096
 """Characters from which on text is tokenized beside the event loop."""
+READ_AHEAD_INTERVAL = 0.2
+"""Seconds between two looks for models whose tokenizer has not been read."""
 
 
 class Frontend:
@@ -40,6 +44,23 @@ class Frontend:
             reading = asyncio.ensure_future(asyncio.to_thread(Tokenizer.from_folder, Path(facts.folder)))
             self._tokenizers[facts.folder] = reading
         return await asyncio.shield(reading)  # a client that leaves must not take it from the others
+
+    async def read_ahead(self) -> None:
+        """For life: read each model's tokenizer once it serves, so that no request waits for it.
+
+        One that cannot be read is tried again by the model's requests, which get the reason.
+        """
+        tried: set[str] = set()
+        while True:
+            for _, entry in self.registry:
+                facts = entry.session.facts
+                if facts is not None and facts.folder not in tried:
+                    tried.add(facts.folder)
+                    try:
+                        await self.tokenizer(facts)
+                    except Exception as error:  # the loop goes on for the other models
+                        log.warning("the tokenizer of model %s cannot be read: %s", facts.name, error)
+            await asyncio.sleep(READ_AHEAD_INTERVAL)
 
 
 @dataclass(frozen=True, slots=True)

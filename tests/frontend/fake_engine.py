@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from fastapi import FastAPI
 from pagoda import protocol as wire
 from pagoda.client import Session
 from pagoda.errors import ModelNotFound
+from pagoda.registry import Entry
 from pagoda.sampling_params import SamplingParams
 from pagoda_openai.app import create_app
 from pagoda_openai.settings import Settings
@@ -128,6 +130,9 @@ class _OneModel:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+
+    def __iter__(self) -> Iterator[tuple[str, Entry]]:
+        yield MODEL, Entry(SimpleNamespace(session=self._session), None)  # type: ignore[arg-type]
 
     async def find(self, name: str) -> Session:
         if name != MODEL:
