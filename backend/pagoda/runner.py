@@ -34,6 +34,9 @@ CPU_BUDGET = 256
 GPU_BUDGET = 8192
 GPU_MIXED_BUDGET = 2048
 """Tokens: a step of an 8B model then takes about 50 ms on an H100, and streams go on that often beside long prompts."""
+LOGITS_STEP = 32
+"""Rows: beyond twice as many, logits have one of few sizes. A batch that grows by a request a step would have a new one
+each time, tens of MB for which there is no gap, until torch waits for the GPU to give memory back."""
 TRIAL_GRAPHS = 4
 """Graphs captured to learn what one takes of the driver's memory."""
 
@@ -217,7 +220,16 @@ class Runner:
     def _draw(self, plan: Plan, layout: batches.Layout, hidden: torch.Tensor) -> Draw:
         """Samples for hidden states [S, hidden], a row for each chunk that samples."""
         chunks = [c for c in plan.chunks if c.samples]
-        return self.sampler.launch(chunks, layout.wishes, self.model.logits(hidden))
+        return self.sampler.launch(chunks, layout.wishes, self._logits(hidden))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, hidden] to [S, V]."""
+        count = len(hidden)
+        if self.device.type == "cuda" and count > 2 * LOGITS_STEP and count % LOGITS_STEP:
+            padded = hidden.new_empty(-(-count // LOGITS_STEP) * LOGITS_STEP, hidden.shape[1])
+            padded[:count] = hidden
+            hidden = padded
+        return self.model.logits(hidden)[:count]
 
     def collect(self, launched: Launched) -> Collected:
         """The results of a step; waits for the device."""
