@@ -220,3 +220,11 @@ def test_two_engines_keep_to_their_shares(folder: Path) -> None:
 def _used() -> int:
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+def test_padded_logits_are_those_of_their_rows(folder: Path) -> None:
+    """From 65 rows on they are padded, to have few sizes."""
+    runner = make_runner(folder, device="cuda", enforce_eager=True)
+    for count in (1, 64, 65, 96, 100):
+        hidden = torch.randn(count, HIDDEN, device=runner.device)
+        torch.testing.assert_close(runner._logits(hidden), runner.model.logits(hidden))
