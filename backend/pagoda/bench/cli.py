@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from pagoda import config, hf_config, torch_settings
 from pagoda.bench import serve_cli, shapes
+from pagoda.bench.console import console
 from pagoda.server import store
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 app.command()(serve_cli.serve)
-console = Console(highlight=False)
 
 Model = Annotated[
     str, typer.Option(help=f"A folder, a name in the store, or random weights: {', '.join(shapes.SHAPES)}.")

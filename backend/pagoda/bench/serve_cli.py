@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from pagoda import __version__, hf_config
+from pagoda.bench.console import console
 from pagoda.bench.loads import FIRST_ID
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.server import store
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pagoda.bench.serve_figures import Latencies, Result
     from pagoda.bench.serve_stream import Answer
 
-console = Console(highlight=False)
 
 BUSY = 0.8
 """Share of a core beyond which the client's own waiting shows in the latencies."""
