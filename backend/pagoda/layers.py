@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from torch import nn
 from pagoda import rope
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
-from pagoda.storage.fp8 import Fp8Product
 from pagoda.storage.scheme import Field, Plain, PlainProduct, Product, Scheme
 from pagoda.transfer import upload
 
 Inputs: TypeAlias = torch.Tensor | Fp8Rows
-"""What a Linear reads, [T, in]: rounded already only where it `rounds_inputs`."""
+"""What a Linear reads, [T, in]: rounded already only where its scheme `rounds_inputs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +145,6 @@ class Linear(Layer):
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {own: parameter.data for own, parameter in self.named_parameters(recurse=False)}
 
-    @property
-    def rounds_inputs(self) -> bool:
-        """It multiplies 8-bit floats, and takes inputs that are such already: whoever makes them may round them."""
-        return isinstance(self._product, Fp8Product)
-
     def forward(self, x: Inputs) -> torch.Tensor:
         """x [T, in] to [T, out]."""
         assert self._product is not None, "prepare() comes before forward()"
@@ -161,9 +155,9 @@ class Linear(Layer):
 
         One operation where the weight is plain.
         """
-        if isinstance(self._product, PlainProduct) and isinstance(x, torch.Tensor):
-            return self._product.silu(x, bias=self._bias)
-        return self._ops.silu_mul_fp8(self(x)) if into.rounds_inputs else self._ops.silu_mul(self(x))
+        if isinstance(self._product, PlainProduct):
+            return self._product.silu(cast(torch.Tensor, x), bias=self._bias)
+        return self._ops.silu_mul_fp8(self(x)) if into.scheme.rounds_inputs else self._ops.silu_mul(self(x))
 
 
 class GroupedLinear(Layer):
@@ -214,7 +208,7 @@ class RMSNorm(Layer):
 
     def into(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor) -> Inputs:
         """The same for the layer that alone will read it, as it wants it."""
-        if layer.rounds_inputs:
+        if layer.scheme.rounds_inputs:
             return self._ops.add_rms_norm_fp8(x, residual, self.weight, self.eps)
         return self.forward(x, residual)
 

@@ -50,12 +50,10 @@ class Frontend:
 
         One that cannot be read is tried again by the model's requests, which get the reason.
         """
-        tried: set[str] = set()
         while True:
             for _, entry in self.registry:
                 facts = entry.session.facts
-                if facts is not None and facts.folder not in tried:
-                    tried.add(facts.folder)
+                if facts is not None and facts.folder not in self._tokenizers:
                     try:
                         await self.tokenizer(facts)
                     except Exception as error:  # the loop goes on for the other models

@@ -12,7 +12,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pagoda_kernels
 import pytest
@@ -33,7 +33,6 @@ from pagoda import dummy_weights, hf_config, models, weights
 from pagoda.errors import CheckpointError, ConfigError
 from pagoda.layers import Linear
 from pagoda.storage import choice
-from pagoda.storage.fp8 import Fp8Product
 from pagoda_kernels.fp8_linear import reference as fp8_reference
 from pagoda_kernels.int4_linear import reference as int4_reference
 from safetensors.torch import load_file, save_file
@@ -152,20 +151,10 @@ def packed_by_reference(folder: Path) -> dict[str, Tensor]:
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Linear) and name != "lm_head":
-            product = layer._product
-            packed = (
-                product.packed
-                if isinstance(product, Fp8Product)
-                else cast("partial[Tensor]", product).keywords["packed"]
-            )
+            assert isinstance(layer._product, partial)
+            packed = layer._product.keywords["packed"]
             found[name] = packed.data if packed.scales is None else packed.data.float() * packed.scales[:, None]
     return found
-
-
-def _packed(layer: Linear) -> Any:
-    """The weight that a layer's product holds."""
-    product = layer._product
-    return product.packed if isinstance(product, Fp8Product) else cast("partial[Tensor]", product).keywords["packed"]
 
 
 @formats

@@ -38,8 +38,7 @@ class Gemma2Layer(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
     ) -> torch.Tensor:
         """x is this layer's input not yet added to `residual`, which is updated in place."""
-        inputs = self.input_layernorm.into(self.self_attn.qkv_proj, x, residual)
-        x = self.self_attn(inputs, batch, rotary, cache)
+        x = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache)
         x = self.mlp.after(self.pre_feedforward_layernorm, self.post_attention_layernorm(x), residual)
         return self.post_feedforward_layernorm(x)
 

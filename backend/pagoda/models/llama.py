@@ -13,7 +13,7 @@ from torch import nn
 
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
-from pagoda.layers import Attention, Embedding, Inputs, KVCache, Linear, RMSNorm, Rotary
+from pagoda.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotary
 from pagoda.storage.scheme import Tied
 
 
@@ -33,8 +33,12 @@ class LlamaAttention(nn.Module):
         """What normalises each head of the queries and of the keys."""
         return None
 
-    def forward(self, x: Inputs, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
-        return self.o_proj(self.attention(self.qkv_proj(x), batch, rotary, cache, self.head_norms()))
+    def after(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
+    ) -> torch.Tensor:
+        """Of the sum of x and residual, normalised; residual becomes the sum."""
+        qkv = self.qkv_proj(norm.into(self.qkv_proj, x, residual))
+        return self.o_proj(self.attention(qkv, batch, rotary, cache, self.head_norms()))
 
 
 class MLP(nn.Module):
@@ -77,8 +81,7 @@ class LlamaLayer(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
     ) -> torch.Tensor:
         """x is this layer's input not yet added to `residual`, which is updated in place."""
-        inputs = self.input_layernorm.into(self.self_attn.qkv_proj, x, residual)
-        x = self.self_attn(inputs, batch, rotary, cache)
+        x = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache)
         return self.mlp.after(self.post_attention_layernorm, x, residual)
 
 

@@ -27,8 +27,7 @@ class MixtralLayer(LlamaLayer):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
     ) -> torch.Tensor:
-        inputs = self.input_layernorm.into(self.self_attn.qkv_proj, x, residual)
-        x = self.self_attn(inputs, batch, rotary, cache)
+        x = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache)
         return self.block_sparse_moe.after(self.post_attention_layernorm, x, residual)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pagoda_kernels import Ops
-from pagoda_kernels.fp8_linear import E4M3_MAX, Fp8Linear, Fp8Rows, Fp8Weight, PackedFp8Weight
+from pagoda_kernels.fp8_linear import E4M3_MAX, Fp8Weight
 from pagoda_kernels.fp8_linear.quantise import from_compressed_tensors, quantise
 from torch import Tensor
 
@@ -25,22 +25,13 @@ def check_sizes(out_features: int, in_features: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Product:
-    """Takes inputs that are quantised already, too."""
-
-    linear: Fp8Linear
-    packed: PackedFp8Weight
-
-    def __call__(self, x: Tensor | Fp8Rows, *, bias: Tensor | None) -> Tensor:
-        return self.linear(x, self.packed, bias)
-
-
 class Fp8:
     """As the checkpoint holds them: `weight`, and a `weight_scale` for each output or for the matrix.
 
     An `input_scale` is read and not used: quantised row by row, inputs are never cut off and lose less.
     """
+
+    rounds_inputs = True
 
     def __init__(self, *, per_channel: bool, has_input_scale: bool) -> None:
         self._per_channel, self._has_input_scale = per_channel, has_input_scale
@@ -69,6 +60,8 @@ class Fp8:
 class Fp8OnLoad(Plain):
     """Plain in the checkpoint, quantised with a scale for each output when the layer is prepared."""
 
+    rounds_inputs = True
+
     def fields(self, out_features: int, in_features: int) -> dict[str, Field]:
         check_sizes(out_features, in_features)
         return super().fields(out_features, in_features)
@@ -78,4 +71,4 @@ class Fp8OnLoad(Plain):
 
 
 def _product(weight: Fp8Weight, ops: Ops) -> Product:
-    return Fp8Product(ops.fp8_linear, ops.pack_fp8_linear(weight))
+    return partial(ops.fp8_linear, packed=ops.pack_fp8_linear(weight))

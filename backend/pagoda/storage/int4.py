@@ -50,6 +50,8 @@ def _make_up_zeros(tensor: Tensor, lower: int, generator: torch.Generator) -> No
 class Awq:
     """AutoAWQ's "GEMM" version: eight outputs to an int32."""
 
+    rounds_inputs = False
+
     def fields(self, out_features: int, in_features: int) -> dict[str, Field]:
         check_sizes(out_features, in_features)
         groups, words = in_features // GROUP, out_features // CODES
@@ -70,6 +72,8 @@ class Awq:
 
 class Gptq:
     """Eight inputs to an int32, groups of consecutive inputs. Its exporters add biases of zeros to plain models."""
+
+    rounds_inputs = False
 
     def fields(self, out_features: int, in_features: int) -> dict[str, Field]:
         check_sizes(out_features, in_features)
@@ -100,6 +104,8 @@ class Gptq:
 
 class PackQuantised:
     """compressed-tensors' "pack-quantized": eight inputs to an int32; without zeros, a code of 8 stands for 0."""
+
+    rounds_inputs = False
 
     def __init__(self, *, has_zeros: bool) -> None:
         self._has_zeros = has_zeros

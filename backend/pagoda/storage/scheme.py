@@ -35,6 +35,9 @@ class Field:
 class Scheme(Protocol):
     """Of one Linear, which may join several of the checkpoint's matrices by their outputs."""
 
+    rounds_inputs: bool
+    """The product multiplies 8-bit floats: it rounds its inputs, and takes such as are rounded already."""
+
     def fields(self, out_features: int, in_features: int) -> dict[str, Field]:
         """The tensors of a matrix by their last name. Raises ValueError for sizes that cannot be stored so."""
         ...
@@ -70,6 +73,8 @@ class PlainProduct:
 class Plain:
     """Numbers of the model's type."""
 
+    rounds_inputs = False
+
     def fields(self, out_features: int, in_features: int) -> dict[str, Field]:
         return {"weight": Field((out_features, in_features), torch.get_default_dtype(), 0)}
 
@@ -82,6 +87,8 @@ class Plain:
 
 class Tied:
     """The numbers of another layer's weight [out, in], which must be there when this one is prepared."""
+
+    rounds_inputs = False
 
     def __init__(self, source: nn.Module) -> None:
         self._source = source

@@ -27,6 +27,12 @@ class Fp8Rows:
     dtype: torch.dtype
     """Of x, and of a product with it."""
 
+    @classmethod
+    def empty(cls, rows: int, size: int, like: Tensor) -> "Fp8Rows":
+        """Return uninitialised rows for numbers of a tensor's dtype, on its device."""
+        values = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=like.device)
+        return cls(values, torch.empty(rows, dtype=torch.float32, device=like.device), like.dtype)
+
     @property
     def shape(self) -> torch.Size:
         return self.values.shape

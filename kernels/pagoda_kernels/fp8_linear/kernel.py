@@ -87,13 +87,12 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return e4m3 values [T, in], contiguous, and float32 scales [T]: those of quantise.py."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, size = x.shape
-    values = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    out = Fp8Rows.empty(rows, size, like=x)
     early = launches_early(x.device)
     _quantise_rows[(rows,)](
         x,
-        values,
-        scales,
+        out.values,
+        out.scales,
         x.stride(0),
         SIZE=size,
         COLUMNS=triton.next_power_of_2(size),
@@ -101,7 +100,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=8,
         **({"launch_pdl": True} if early else {}),
     )
-    return values, scales
+    return out.values, out.scales
 
 
 @triton.jit

@@ -183,8 +183,8 @@ def _decode_load(
     def make(ops: Ops, seed: int) -> Calls:
         inputs = _bench_inputs(model, device, [(1, c) for c in contexts], len(contexts), seed, shared)
         if fp8:
-            caches = (cache.to(torch.float8_e4m3fn) for cache in (inputs.k_cache, inputs.v_cache))
-            inputs = replace(inputs, k_cache=next(caches), v_cache=next(caches))
+            k_cache, v_cache = (cache.to(torch.float8_e4m3fn) for cache in (inputs.k_cache, inputs.v_cache))
+            inputs = replace(inputs, k_cache=k_cache, v_cache=v_cache)
         launched = inputs
         if bound:
             launched = replace(inputs, batch=replace(inputs.batch, context_lens_host=[bound] * len(contexts)))

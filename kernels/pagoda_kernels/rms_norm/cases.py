@@ -58,8 +58,8 @@ def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
     model = bench_model(device)
     for rows in model.rows:
         yield _norm_load(model, rows, device)
-        yield _add_load(model, rows, device)
-        yield _add_fp8_load(model, rows, device)
+        yield _add_load(model, rows, device, fp8=False)
+        yield _add_load(model, rows, device, fp8=True)
 
 
 def _norm_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
@@ -76,28 +76,21 @@ def _norm_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
     return BenchLoad(f"{rows} x {model.hidden}", make, moved, bounds=model.bounds)
 
 
-def _add_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
+def _add_load(model: BenchModel, rows: int, device: torch.device, *, fp8: bool) -> BenchLoad:
     def make(ops: Ops, seed: int) -> Calls:
         x, residual = randn(2, rows, model.hidden, device=device, seed=seed, dtype=model.dtype)
         weight = randn(model.hidden, device=device, seed=seed + 1, dtype=model.dtype)
+        if fp8:
+            return Calls(
+                lambda: (ops.add_rms_norm_fp8(x, residual, weight, 1e-5), residual),
+                lambda: (reference.add_rms_norm_fp8(x, residual, weight, 1e-5), residual),
+            )
         return Calls(
             lambda: (ops.add_rms_norm(x, residual, weight, 1e-5), residual),
             lambda: (reference.add_rms_norm(x, residual, weight, 1e-5), residual),
             lambda: functional.rms_norm(residual.add_(x), (model.hidden,), weight, 1e-5),
         )
 
-    moved = 4 * rows * model.hidden * model.dtype.itemsize
-    return BenchLoad(f"{rows} x {model.hidden}, residual", make, moved, bounds=model.bounds)
-
-
-def _add_fp8_load(model: BenchModel, rows: int, device: torch.device) -> BenchLoad:
-    def make(ops: Ops, seed: int) -> Calls:
-        x, residual = randn(2, rows, model.hidden, device=device, seed=seed, dtype=model.dtype)
-        weight = randn(model.hidden, device=device, seed=seed + 1, dtype=model.dtype)
-        return Calls(
-            lambda: (ops.add_rms_norm_fp8(x, residual, weight, 1e-5), residual),
-            lambda: (reference.add_rms_norm_fp8(x, residual, weight, 1e-5), residual),
-        )
-
-    moved = rows * model.hidden * (3 * model.dtype.itemsize + 1)
-    return BenchLoad(f"{rows} x {model.hidden}, residual, fp8", make, moved, bounds=model.bounds)
+    moved = rows * model.hidden * (3 * model.dtype.itemsize + (1 if fp8 else model.dtype.itemsize))
+    name = f"{rows} x {model.hidden}, residual{', fp8' if fp8 else ''}"
+    return BenchLoad(name, make, moved, bounds=model.bounds)

@@ -38,10 +38,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
     """See AddRmsNormFp8."""
-    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    _launch_add(x, residual, weight, values, eps, scales)
-    return Fp8Rows(values, scales, x.dtype)
+    out = Fp8Rows.empty(x.shape[0], x.shape[1], like=x)
+    _launch_add(x, residual, weight, out.values, eps, out.scales)
+    return out
 
 
 def _launch_add(

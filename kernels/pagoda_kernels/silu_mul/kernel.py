@@ -2,7 +2,6 @@
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,16 +24,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
     """See SiluMulFp8."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=gate_up.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
-    if values.numel() > 0:
+    out = Fp8Rows.empty(rows, width, like=gate_up)
+    if rows * width > 0:
         x = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
         columns = triton.next_power_of_2(width)
         early = launches_early(x.device)
         _silu_mul_fp8[(rows,)](
             x,
-            values,
-            scales,
+            out.values,
+            out.scales,
             x.stride(0),
             WIDTH=width,
             COLUMNS=columns,
@@ -42,7 +40,7 @@ def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
             num_warps=min(16, max(1, columns // (32 * _PER_THREAD))),
             **({"launch_pdl": True} if early else {}),
         )
-    return Fp8Rows(values, scales, gate_up.dtype)
+    return out
 
 
 @triton.jit
