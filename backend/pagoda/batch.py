@@ -32,6 +32,8 @@ class Batch:
     slots: torch.Tensor
     """[T] int64, where the token's key and value go: block * block_size + offset; -1 for padding."""
     attention: AttentionBatch
+    outputs: torch.Tensor | None = None
+    """[S] int64, the tokens whose hidden states are wanted; None: all."""
 
 
 class Layout(NamedTuple):
@@ -146,7 +148,8 @@ def send(layout: Layout, rows: Rows, block_size: int, device: torch.device) -> t
         shared_prefix=prefix if layout.shared_prefix else None,
         shared_prefix_host=layout.shared_prefix,
     )
-    return Batch(token_ids, positions, slots, attention), sample_rows, sampled
+    outputs = None if layout.scores_prompts or decodes == len(layout.rows) else sample_rows
+    return Batch(token_ids, positions, slots, attention, outputs), sample_rows, sampled
 
 
 def read_pending(token_ids: torch.Tensor, places: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -22,7 +22,7 @@ from pagoda.graph_shapes import Shape, Shapes
 from pagoda.rows import Rows
 
 Forward = Callable[[Batch], torch.Tensor]
-"""A batch's hidden states [T, hidden]."""
+"""A batch's hidden states [S, hidden]."""
 Array = TypeVar("Array", NDArray[np.int64], torch.Tensor)
 
 
@@ -42,9 +42,9 @@ class Inputs(NamedTuple, Generic[Array]):
     prefix: Array
     """[1], tokens that the decodes have in common."""
     sample_rows: Array
-    """[requests], of which S count, as in `Layout`: read not by the graph but by what follows it."""
+    """[requests], of which S count, as in `Layout`. With chunks, what comes out is theirs."""
     sampled: Array
-    """The same."""
+    """[requests], of which S count, as in `Layout`: read not by the graph but by what follows it."""
 
 
 def views(array: Array, shape: Shape) -> Inputs[Array]:
@@ -79,7 +79,7 @@ class StepGraph:
         with torch.cuda.stream(stream):
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                output[: self.shape.rows] = forward(self._make())
+                output[: self.shape.requests] = forward(self._make())
             finally:
                 self._graph.capture_end()
 
@@ -106,7 +106,7 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._smallest_first = shapes.all()[::-1]
-        most = self._smallest_first[-1].rows
+        most = max(shape.requests for shape in self._smallest_first)
         self._output = torch.empty(most, hidden_size, dtype=dtype, device=self._device)
         self._graphs: dict[Shape, StepGraph] = {}
 
@@ -131,10 +131,10 @@ class StepGraphs:
         return missing is not None
 
     def run(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Hidden states [T, hidden] of a step, and the layout's `sample_rows` and `sampled` on the device.
+        """Hidden states of a step, and the layout's `sample_rows` and `sampled` on the device.
 
-        Valid until the next step. None where no graph fits. One that was not needed before is captured now, which takes
-        the host as long as a step without it.
+        [S, hidden] with chunks, [T, hidden] without. Valid until the next step. None where no graph fits. One that was
+        not needed before is captured now, which takes the host as long as a step without it.
         """
         decodes, count = layout.num_decodes, len(layout.token_ids)
         shape = self._shapes.find(
@@ -144,14 +144,11 @@ class StepGraphs:
             longest=layout.longest,
             shares_prefix=layout.shared_prefix > 0,
         )
-        if shape is None:
+        if shape is None or (shape.tokens and layout.scores_prompts):
             return None
         self.capture([shape])
         sample_rows, sampled = self._graphs[shape].run(layout)
-        hidden = self._output[:count]
-        if decodes not in (count, shape.decodes):
-            hidden = torch.cat([hidden[:decodes], self._output[shape.decodes : shape.decodes + count - decodes]])
-        return hidden, sample_rows, sampled
+        return self._output[: len(sampled) if shape.tokens else count], sample_rows, sampled
 
 
 def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_size: int) -> Callable[[], Batch]:
@@ -177,7 +174,8 @@ def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_si
             shared_prefix=inputs.prefix.to(torch.int32) if shape.shares_prefix else None,
             shared_prefix_host=shape.bound - 1 if shape.shares_prefix else 0,
         )
-        return Batch(token_ids, inputs.positions, inputs.slots, attention)
+        outputs = inputs.sample_rows if shape.tokens else None
+        return Batch(token_ids, inputs.positions, inputs.slots, attention, outputs)
 
     return make
 
@@ -204,7 +202,8 @@ def pack(layout: Layout, shape: Shape, spare: int) -> NDArray[np.int64]:
         inputs.starts[1 : 1 + chunks] = shape.decodes + layout.query_lens[decodes:].cumsum()
     inputs.prefix[0] = layout.shared_prefix
     inputs.contexts[decodes : shape.decodes] = layout.shared_prefix + 1  # padding has the prefix, too
-    inputs.sample_rows[: len(layout.sampled)] = layout.sample_rows
+    samples = layout.sample_rows
+    inputs.sample_rows[: len(samples)] = np.where(samples < decodes, samples, samples + shape.decodes - decodes)
     inputs.sampled[: len(layout.sampled)] = layout.sampled
     return array
 

@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Rows of the model's hidden states."""
+        """Rows that go into the model. As many as `requests` come out."""
         return self.decodes + self.tokens
 
 

@@ -209,7 +209,10 @@ class Runner:
         return batches.lay_out(plan, self.rows, self.block_size)
 
     def _compute(self, layout: batches.Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states [T, hidden], and the layout's `sample_rows` and `sampled` on the device."""
+        """Hidden states, and the layout's `sample_rows` and `sampled` on the device.
+
+        [T, hidden] where prompts are scored, or all are decodes; else [S, hidden].
+        """
         if self.graphs is not None:
             computed = self.graphs.run(layout)
             if computed is not None:

@@ -87,8 +87,8 @@ class Paged:
         self.length = 0
 
     @torch.inference_mode()
-    def step(self, token_ids: list[int]) -> torch.Tensor:
-        """The logits [T, vocab] of the request's next tokens."""
+    def step(self, token_ids: list[int], outputs: list[int] | None = None) -> torch.Tensor:
+        """The logits [T, vocab] of the request's next tokens; [S, vocab] of those at `outputs` alone."""
         start, count = self.length, len(token_ids)
         self.length = end = start + count
         positions = torch.arange(start, end)
@@ -101,7 +101,8 @@ class Paged:
             num_decodes=int(count == 1 and start > 0),
         )
         slots = self.blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        batch = Batch(token_ids=torch.tensor(token_ids), positions=positions, slots=slots, attention=attention)
+        wanted = None if outputs is None else torch.tensor(outputs, dtype=torch.int64)
+        batch = Batch(torch.tensor(token_ids), positions, slots, attention, wanted)
         return self.model.logits(self.model(batch, self.rotary, self.cache))
 
     def prefill(self, token_ids: list[int], chunk: int) -> torch.Tensor:

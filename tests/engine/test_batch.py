@@ -118,6 +118,15 @@ def test_a_batch_finds_pending_tokens_and_tables_on_the_device() -> None:
     assert batch.attention.num_decodes == 2
     assert sample_rows.tolist() == [0, 1, 11]
     assert sampled.tolist() == layout.rows.tolist()
+    assert batch.outputs is sample_rows
+
+
+def test_a_batch_wants_every_token_where_prompts_are_scored_or_all_are_decodes() -> None:
+    rows = Rows(3, 4, CPU)
+    chunks = [make_chunk([5, 6], start=9), make_prefill([1, 2, 3, 4], list(range(20, 30)))]
+    layout = lay_out(Plan(0, chunks), rows, BLOCK)
+    assert send(layout._replace(scores_prompts=True), rows, BLOCK, CPU)[0].outputs is None
+    assert send(lay_out(Plan(1, chunks[:1]), rows, BLOCK), rows, BLOCK, CPU)[0].outputs is None
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -132,6 +132,16 @@ def test_logits_and_continuation_equal_transformers(tmp_path: Path, family: Fami
     assert_parity(model, tmp_path)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_tokens_whose_output_nobody_wants_are_known_to_later_ones(tmp_path: Path, family: Family) -> None:
+    family.save(tmp_path)
+    expected = Paged(tmp_path).prefill(PROMPT, 20)
+    model = Paged(tmp_path)
+    assert model.step(PROMPT[:20], []).shape == (0, expected.shape[1])
+    assert difference(model.step(PROMPT[20:40], [19, 3]), expected[[39, 23]]) < TOLERANCE
+    assert difference(model.step(PROMPT[40:]), expected[40:]) < TOLERANCE
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.without], ids=lambda family: family.name)
 def test_what_is_special_matters_in_these_checkpoints(tmp_path: Path, family: Family) -> None:
     family.save(tmp_path)

@@ -77,7 +77,7 @@ class Padded(Ahead):
             longest=layout.longest,
             shares_prefix=layout.shared_prefix > 0,
         )
-        if shape is None:
+        if shape is None or (shape.tokens and layout.scores_prompts):
             return super()._compute(layout)
         self.ran.add(shape)
         array = torch.from_numpy(cuda_graph.pack(layout, shape, self.rows.spare))
@@ -88,9 +88,9 @@ class Padded(Ahead):
         batch.attention.query_lens_host[:] = batch.attention.query_starts.diff().tolist()[:real]
         batch.attention.context_lens_host[:] = batch.attention.context_lens.tolist()[:real]
         hidden = self._forward(batch)
-        hidden = torch.cat([hidden[:decodes], hidden[shape.decodes :][: count - decodes]])
+        assert len(hidden) == shape.requests
         samples = len(layout.sampled)
-        return hidden, inputs.sample_rows[:samples], inputs.sampled[:samples]
+        return hidden[: samples if chunks else count], inputs.sample_rows[:samples], inputs.sampled[:samples]
 
 
 def generate(

@@ -17,7 +17,8 @@ from pagoda.block_pool import BlockPool
 from pagoda.config import EngineConfig
 from pagoda.cuda_graph import StepGraph
 from pagoda.graph_shapes import Shape
-from pagoda.request import Request
+from pagoda.plan import Chunk, Plan
+from pagoda.request import Request, Status
 from pagoda.runner import Launched, Runner
 from pagoda.sampling_params import SamplingParams
 from pagoda.scheduler import Scheduler
@@ -166,6 +167,26 @@ def test_preempted_requests_are_recomputed_to_the_same_tokens(folder: Path, enfo
     scheduler, answers = generate(runner, (GREEDY,), work, output=100)
     assert scheduler.counters.preemptions > 3
     assert answers == expected
+
+
+def test_prompts_are_scored_beside_others(folder: Path) -> None:
+    scored, plain = SamplingParams(temperature=0, prompt_logprobs=0), GREEDY
+    found = []
+    for device in ("cpu", "cuda"):
+        runner = make_runner(folder, device=device)
+        requests = [Request(i, prompts()[20 + i], p, 2, frozenset(), i) for i, p in enumerate((plain, scored, plain))]
+        for i, request in enumerate(requests):
+            request.status = Status.RUNNING
+            request.block_ids = list(range(20 * i, 20 * i + 20))
+        chunks = [Chunk(request, 0, request.num_tokens, True, False, 0) for request in requests]
+        collected = runner.collect(runner.launch(Plan(0, chunks)))
+        ((chunk, scores),) = collected.prompt_logprobs
+        assert chunk is chunks[1]
+        found.append((collected.token_ids, [score.logprob for score in scores]))
+    (expected_ids, expected), (ids, got) = found
+    assert ids == expected_ids
+    assert len(got) == len(prompts()[21]) - 1
+    assert got == pytest.approx(expected, abs=1e-3)
 
 
 def test_drawn_tokens_are_the_same_with_and_without_graphs(folder: Path) -> None:

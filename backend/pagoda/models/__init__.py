@@ -30,7 +30,7 @@ class CausalLM(Protocol):
     """What the runner asks of a model."""
 
     def forward(self, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
-        """Hidden states [T, hidden] of a step's tokens; writes their keys and values to the cache."""
+        """Hidden states [S, hidden] of a step's outputs; writes all tokens' keys and values to the cache."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

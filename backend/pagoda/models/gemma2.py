@@ -35,12 +35,17 @@ class Gemma2Layer(nn.Module):
         self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, ops)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
-    ) -> torch.Tensor:
-        """x is this layer's input not yet added to `residual`, which is updated in place."""
-        x = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache)
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        batch: Batch,
+        rotary: Rotary,
+        cache: KVCache,
+        outputs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache, outputs)
         x = self.mlp.after(self.pre_feedforward_layernorm, self.post_attention_layernorm(x), residual)
-        return self.post_feedforward_layernorm(x)
+        return self.post_feedforward_layernorm(x), residual
 
 
 class Gemma2Model(LlamaModel):

@@ -34,11 +34,24 @@ class LlamaAttention(nn.Module):
         return None
 
     def after(
-        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
-    ) -> torch.Tensor:
-        """Of the sum of x and residual, normalised; residual becomes the sum."""
+        self,
+        norm: RMSNorm,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        batch: Batch,
+        rotary: Rotary,
+        cache: KVCache,
+        outputs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the sum of x and residual, normalised, [T, hidden]; and the sum, in residual's place.
+
+        Both of the tokens `outputs` alone, where given: [S, hidden].
+        """
         qkv = self.qkv_proj(norm.into(self.qkv_proj, x, residual))
-        return self.o_proj(self.attention(qkv, batch, rotary, cache, self.head_norms()))
+        attended = self.attention(qkv, batch, rotary, cache, self.head_norms())
+        if outputs is not None:
+            attended, residual = attended[outputs], residual[outputs]
+        return self.o_proj(attended), residual
 
 
 class MLP(nn.Module):
@@ -78,11 +91,17 @@ class LlamaLayer(nn.Module):
         return LlamaMLP(config, ops)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
-    ) -> torch.Tensor:
-        """x is this layer's input not yet added to `residual`, which is updated in place."""
-        x = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache)
-        return self.mlp.after(self.post_attention_layernorm, x, residual)
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        batch: Batch,
+        rotary: Rotary,
+        cache: KVCache,
+        outputs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x is what is not yet added to `residual`, before this layer and after it; of `outputs` alone, where given."""
+        x, residual = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache, outputs)
+        return self.mlp.after(self.post_attention_layernorm, x, residual), residual
 
 
 class LlamaModel(nn.Module):
@@ -99,10 +118,13 @@ class LlamaModel(nn.Module):
         return self.embed_tokens(token_ids)
 
     def forward(self, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
+        """Hidden states [S, hidden]. After its attention, the last layer goes on with the batch's outputs alone."""
         x = self.embed(batch.token_ids)
         residual = torch.zeros_like(x)
-        for layer in self.layers:
-            x = layer(x, residual, batch, rotary, cache)
+        *layers, last = self.layers
+        for layer in layers:
+            x, residual = layer(x, residual, batch, rotary, cache, None)
+        x, residual = last(x, residual, batch, rotary, cache, batch.outputs)
         return self.norm(x, residual)
 
 

@@ -25,10 +25,16 @@ class MixtralLayer(LlamaLayer):
         return SparseMLP(config, config.mixture, ops, ExpertNames("w1", "w3", "w2"))
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, batch: Batch, rotary: Rotary, cache: KVCache
-    ) -> torch.Tensor:
-        x = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache)
-        return self.block_sparse_moe.after(self.post_attention_layernorm, x, residual)
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        batch: Batch,
+        rotary: Rotary,
+        cache: KVCache,
+        outputs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache, outputs)
+        return self.block_sparse_moe.after(self.post_attention_layernorm, x, residual), residual
 
 
 class MixtralModel(LlamaModel):

@@ -51,7 +51,7 @@ class SparseMLP(MLP):
         y = self.experts(x[order // self.experts_per_token], starts)
         back = torch.empty_like(y)
         back[order] = y
-        by_token = back.view(*chosen.shape, -1)
+        by_token = back.view(*chosen.shape, x.shape[1])
         return (by_token.float() * shares.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
