@@ -16,7 +16,10 @@ INT4_BYTES = 0.5 + 2.5 / 128
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Of a dense model; a step reads each weight once, and the cache of each of its requests once."""
+    """Of a dense model; a step reads each weight once, and the cache of each of its requests once.
+
+    Of tokens that are not sampled, the last layer's products are those to keys and values.
+    """
 
     config: HFConfig
     """With the quantisation that the engine adds, if any."""
@@ -52,12 +55,15 @@ class Floor:
 
     def _step(self, plan: Plan) -> float:
         config = self.config
-        body = config.num_layers * sum(rows * columns for rows, columns in matrices(config))
+        layer = sum(rows * columns for rows, columns in matrices(config))
+        last = layer - 2 * config.num_kv_heads * config.head_dim * config.hidden_size
+        body = config.num_layers * layer
         sampled = sum(chunk.samples for chunk in plan.chunks)
         head = config.vocab_size * config.hidden_size
         bytes_read = body * self.body_itemsize + head * (sampled > 0) * self.itemsize + self._cache_bytes(plan)
         operations = 2 * head * sampled + self._attention_operations(plan)
-        seconds = 2 * body * plan.num_tokens / self.body_rate + operations / self.machine.matrix_rate
+        body_operations = 2 * (body - last) * plan.num_tokens + 2 * last * sampled
+        seconds = body_operations / self.body_rate + operations / self.machine.matrix_rate
         return max(bytes_read / self.machine.bandwidth, seconds)
 
     def _attention(self, plan: Plan) -> float:
