@@ -12,11 +12,14 @@ import torch
 from numpy.typing import NDArray
 from pagoda_kernels import AttentionBatch
 
-from pagoda.graph_shapes import SHARED_DECODES, SHARED_TOKENS
 from pagoda.plan import Chunk, Plan
 from pagoda.rows import Rows
 from pagoda.transfer import upload
 from pagoda.wishes import Wishes
+
+SHARED_DECODES = 32
+SHARED_TOKENS = 256
+"""Decodes, and tokens of their common prefix, from which on it pays to read it once for all."""
 
 _START, _COUNT, _SAMPLES = attrgetter("start"), attrgetter("count"), attrgetter("samples")
 

@@ -27,7 +27,11 @@ Array = TypeVar("Array", NDArray[np.int64], torch.Tensor)
 
 
 class Inputs(NamedTuple, Generic[Array]):
-    """What travels for a graph, views of one array of int64. First the decodes' places, then those of the chunks."""
+    """What travels for a graph, views of one array of int64.
+
+    By token: the decodes, right behind them the chunks, then padding. By request: the decodes, padding, the chunks,
+    padding.
+    """
 
     token_ids: Array
     """[rows]; -1: the last sample of its request."""
@@ -36,7 +40,7 @@ class Inputs(NamedTuple, Generic[Array]):
     places: Array
     """[requests], rows in `Rows`."""
     contexts: Array
-    """[requests], tokens in the cache."""
+    """[requests], tokens in the cache; 0 for padding beside chunks, whose tokens may be where its own would be."""
     starts: Array
     """[chunks + 1], the chunks' first tokens and the last one's end; [1] without chunks."""
     prefix: Array
@@ -136,19 +140,12 @@ class StepGraphs:
         [S, hidden] with chunks, [T, hidden] without. Valid until the next step. None where no graph fits. One that was
         not needed before is captured now, which takes the host as long as a step without it.
         """
-        decodes, count = layout.num_decodes, len(layout.token_ids)
-        shape = self._shapes.find(
-            decodes=decodes,
-            chunks=len(layout.rows) - decodes,
-            tokens=count - decodes,
-            longest=layout.longest,
-            shares_prefix=layout.shared_prefix > 0,
-        )
-        if shape is None or (shape.tokens and layout.scores_prompts):
+        shape = self._shapes.find(layout)
+        if shape is None:
             return None
         self.capture([shape])
         sample_rows, sampled = self._graphs[shape].run(layout)
-        return self._output[: len(sampled) if shape.tokens else count], sample_rows, sampled
+        return self._output[: len(sampled) if shape.chunks else len(layout.token_ids)], sample_rows, sampled
 
 
 def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_size: int) -> Callable[[], Batch]:
@@ -158,12 +155,13 @@ def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_si
     chunks, of which only the number of tokens counts.
     """
     width, decodes = -(-shape.bound // block_size), shape.decodes
+    pending = min(decodes, shape.rows)
     leading = torch.arange(decodes, dtype=torch.int64, device=inputs.token_ids.device)
 
     def make() -> Batch:
-        token_ids = read_pending(inputs.token_ids[:decodes], inputs.places[:decodes], rows)
-        if shape.tokens:
-            token_ids = torch.cat([token_ids, inputs.token_ids[decodes:]])
+        token_ids = read_pending(inputs.token_ids[:pending], inputs.places[:pending], rows)
+        if pending < shape.rows:
+            token_ids = torch.cat([token_ids, inputs.token_ids[pending:]])
         attention = AttentionBatch(
             block_tables=rows.block_tables[:, :width].index_select(0, inputs.places),
             query_starts=torch.cat([leading, inputs.starts]).to(torch.int32),
@@ -174,7 +172,7 @@ def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_si
             shared_prefix=inputs.prefix.to(torch.int32) if shape.shares_prefix else None,
             shared_prefix_host=shape.bound - 1 if shape.shares_prefix else 0,
         )
-        outputs = inputs.sample_rows if shape.tokens else None
+        outputs = inputs.sample_rows if shape.chunks else None
         return Batch(token_ids, inputs.positions, inputs.slots, attention, outputs)
 
     return make
@@ -185,25 +183,20 @@ def pack(layout: Layout, shape: Shape, spare: int) -> NDArray[np.int64]:
     array = np.zeros(sum(_sizes(shape)), np.int64)
     inputs = views(array, shape)
     _pad(inputs, shape, spare)
-    decodes, tokens = layout.num_decodes, len(layout.token_ids) - layout.num_decodes
-    chunks = len(layout.rows) - decodes
-    for target, source in (
-        (inputs.token_ids, layout.token_ids),
-        (inputs.positions, layout.positions),
-        (inputs.slots, layout.slots),
-        (inputs.places, layout.rows),
-        (inputs.contexts, layout.context_lens),
-    ):
-        target[:decodes] = source[:decodes]
-        if chunks:
-            target[shape.decodes : shape.decodes + len(source) - decodes] = source[decodes:]
-    if chunks:
-        inputs.starts[1:] = shape.decodes + tokens
-        inputs.starts[1 : 1 + chunks] = shape.decodes + layout.query_lens[decodes:].cumsum()
+    count, decodes, chunks = len(layout.token_ids), layout.num_decodes, len(layout.rows) - layout.num_decodes
+    inputs.token_ids[:count] = layout.token_ids
+    inputs.positions[:count] = layout.positions
+    inputs.slots[:count] = layout.slots
+    behind = slice(shape.decodes, shape.decodes + chunks)
+    for target, source in ((inputs.places, layout.rows), (inputs.contexts, layout.context_lens)):
+        target[:decodes], target[behind] = source[:decodes], source[decodes:]
+    if shape.chunks:
+        inputs.starts[:] = count
+        inputs.starts[: 1 + chunks] = np.cumsum([decodes, *layout.query_lens[decodes:]])
+    else:
+        inputs.contexts[decodes:] = layout.shared_prefix + 1  # padding has the prefix, too
     inputs.prefix[0] = layout.shared_prefix
-    inputs.contexts[decodes : shape.decodes] = layout.shared_prefix + 1  # padding has the prefix, too
-    samples = layout.sample_rows
-    inputs.sample_rows[: len(samples)] = np.where(samples < decodes, samples, samples + shape.decodes - decodes)
+    inputs.sample_rows[: len(layout.sampled)] = layout.sample_rows
     inputs.sampled[: len(layout.sampled)] = layout.sampled
     return array
 
@@ -218,5 +211,4 @@ def padding(shape: Shape, spare: int) -> NDArray[np.int64]:
 def _pad(inputs: Inputs[NDArray[np.int64]], shape: Shape, spare: int) -> None:
     inputs.slots[:] = -1
     inputs.places[:] = spare
-    inputs.contexts[:] = 1
-    inputs.starts[:] = shape.decodes
+    inputs.contexts[:], inputs.starts[:] = (0, 0) if shape.chunks else (1, shape.decodes)

@@ -6,16 +6,20 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pagoda.batch import SHARED_DECODES, Layout
+
 SHORT_CONTEXT = 2048
 """Tokens: up to here a batch of any size is read in few parts, beyond it long requests are cut into more."""
-MIXED_TOKENS = 1024
-"""Prompt tokens of a mixed step: with more, the GPU takes longer than the launches of its kernels, one by one."""
+MIXED_ROWS = 2048
+"""Tokens of a mixed step. With more, the GPU takes several times as long as the launches of its kernels, one by one."""
 MIXED_STEP = 128
-CHUNKS = 16
+FEW_DECODES = 16
+"""Of a mixed step: each is read by more programs than one of many is."""
+CHUNKS = 32
 """Prefill chunks of a mixed step."""
-SHARED_DECODES = 32
-SHARED_TOKENS = 256
-"""Decodes, and tokens of their common prefix, from which on it pays to read it once for all."""
+FEW_TOKENS = 1024
+"""Of a mixed step's chunks: with more, it has no graph where attention has a faster way that graphs do not know, copies
+of contexts as long, or reading the decodes' common prefix once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +28,19 @@ class Shape:
 
     decodes: int
     """Requests that continue by one token."""
-    tokens: int
-    """Tokens of prefill chunks."""
+    rows: int
+    """Tokens: as many as decodes, or a mixed step's, in which the chunks' follow the decodes that there are."""
     bound: int
     """Longest context of a request."""
     shares_prefix: bool = False
     """The decodes' common prefix is read once."""
-
-    @property
-    def chunks(self) -> int:
-        return CHUNKS if self.tokens else 0
+    chunks: int = 0
+    """Prefill chunks."""
 
     @property
     def requests(self) -> int:
+        """As many hidden states come out."""
         return self.decodes + self.chunks
-
-    @property
-    def rows(self) -> int:
-        """Rows that go into the model. As many as `requests` come out."""
-        return self.decodes + self.tokens
 
 
 def fine(max_num_seqs: int) -> list[int]:
@@ -52,8 +50,8 @@ def fine(max_num_seqs: int) -> list[int]:
 
 
 def coarse(max_num_seqs: int) -> list[int]:
-    """The same beside prompts, or with a common prefix."""
-    steps = [16, 64, 128, 192, *range(256, max_num_seqs, 256)]
+    """The same with a common prefix."""
+    steps = [64, 128, 192, *range(256, max_num_seqs, 256)]
     return [size for size in steps if size < max_num_seqs] + [max_num_seqs]
 
 
@@ -64,26 +62,37 @@ class Shapes:
         self._bounds = [SHORT_CONTEXT, max_model_len] if max_model_len >= 2 * SHORT_CONTEXT else [max_model_len]
         self._fine = fine(max_num_seqs)
         self._coarse = coarse(max_num_seqs)
-        most = min(MIXED_TOKENS, max_num_batched_tokens)
-        self._tokens = list(range(MIXED_STEP, most + 1, MIXED_STEP))
+        self._beside_chunks = sorted({min(FEW_DECODES, max_num_seqs), max_num_seqs})
+        most = min(MIXED_ROWS, max_num_batched_tokens)
+        self._rows = list(range(MIXED_STEP, most + 1, MIXED_STEP))
 
     def all(self) -> list[Shape]:
         """The largest first: the others then find their memory in its."""
         longest = self._bounds[-1]
-        shapes = [Shape(size, 0, bound) for size in self._fine for bound in self._bounds]
-        shapes += [Shape(size, 0, longest, True) for size in self._coarse if size >= SHARED_DECODES]
-        shapes += [Shape(size, tokens, longest) for size in self._coarse for tokens in self._tokens]
-        return sorted(shapes, key=lambda shape: (-shape.rows, -shape.bound, shape.shares_prefix))
+        shapes = [Shape(size, size, bound) for size in self._fine for bound in self._bounds]
+        shapes += [Shape(size, size, longest, True) for size in self._coarse if size >= SHARED_DECODES]
+        shapes += [Shape(size, rows, longest, chunks=CHUNKS) for size in self._beside_chunks for rows in self._rows]
+        return sorted(shapes, key=lambda shape: (-shape.rows, -shape.requests, -shape.bound, shape.shares_prefix))
 
-    def find(self, *, decodes: int, chunks: int, tokens: int, longest: int, shares_prefix: bool) -> Shape | None:
-        """The smallest that holds a step; None where none does. `tokens` are those of `chunks`."""
-        shared = shares_prefix and not tokens
-        size = _at_least(self._coarse if shared or tokens else self._fine, decodes)
-        padded = _at_least([0, *self._tokens], tokens)
-        bound = _at_least(self._bounds[-1:] if shared or tokens else self._bounds, longest)
-        if size is None or padded is None or bound is None or chunks > CHUNKS:
+    def find(self, layout: Layout) -> Shape | None:
+        """The smallest that holds a step; None where none does."""
+        decodes = layout.num_decodes
+        if len(layout.rows) > decodes:
+            return self._find_mixed(layout)
+        shared = layout.shared_prefix > 0
+        size = _at_least(self._coarse if shared else self._fine, decodes)
+        bound = _at_least(self._bounds[-1:] if shared else self._bounds, layout.longest)
+        return None if size is None or bound is None else Shape(size, size, bound, shared)
+
+    def _find_mixed(self, layout: Layout) -> Shape | None:
+        decodes, count = layout.num_decodes, len(layout.token_ids)
+        size, rows = _at_least(self._beside_chunks, decodes), _at_least(self._rows, count)
+        if size is None or rows is None or layout.longest > self._bounds[-1] or len(layout.rows) - decodes > CHUNKS:
             return None
-        return Shape(size, padded, bound, shared)
+        has_faster_way = layout.shared_prefix > 0 or layout.context_lens[decodes:].max() > FEW_TOKENS
+        if layout.scores_prompts or (has_faster_way and count - decodes > FEW_TOKENS):
+            return None
+        return Shape(size, rows, self._bounds[-1], chunks=CHUNKS)
 
 
 def _at_least(values: Sequence[int], least: int) -> int | None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pagoda import wishes
-from pagoda.batch import Layout, lay_out, send
-from pagoda.graph_shapes import SHARED_DECODES
+from pagoda.batch import SHARED_DECODES, Layout, lay_out, send
 from pagoda.plan import Chunk, Plan
 from pagoda.request import Request, Status
 from pagoda.rows import COMPARED, Rows

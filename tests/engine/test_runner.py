@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pagoda import cuda_graph, hf_config, memory, trials
+from pagoda import cuda_graph, hf_config, memory, trials, wishes
 from pagoda.allocation import BlockAllocator
 from pagoda.batch import Layout
 from pagoda.block_pool import BlockPool
@@ -21,6 +23,7 @@ from pagoda.runner import Launched, Runner, resolve_budgets
 from pagoda.sampling_params import SamplingParams
 from pagoda.scheduler import Scheduler
 from pagoda.transfer import Download, upload
+from pagoda_kernels import AttentionBatch
 
 MAX_LEN = 256
 BLOCK = 8
@@ -68,29 +71,32 @@ class Padded(Ahead):
         self.known = Shapes(12, MAX_LEN, 256)
 
     def _compute(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        decodes, count = layout.num_decodes, len(layout.token_ids)
-        chunks = len(layout.rows) - decodes
-        shape = self.known.find(
-            decodes=decodes,
-            chunks=chunks,
-            tokens=count - decodes,
-            longest=layout.longest,
-            shares_prefix=layout.shared_prefix > 0,
-        )
-        if shape is None or (shape.tokens and layout.scores_prompts):
+        shape = self.known.find(layout)
+        if shape is None:
             return super()._compute(layout)
         self.ran.add(shape)
         array = torch.from_numpy(cuda_graph.pack(layout, shape, self.rows.spare))
         inputs = cuda_graph.views(array, shape)
         batch = cuda_graph.batch_maker(inputs, shape, self.rows, self.block_size)()
-        real = shape.decodes + chunks
-        # The CPU reads the host's lengths, which a graph's kernels take as bounds.
-        batch.attention.query_lens_host[:] = batch.attention.query_starts.diff().tolist()[:real]
-        batch.attention.context_lens_host[:] = batch.attention.context_lens.tolist()[:real]
-        hidden = self._forward(batch)
+        assert len(batch.token_ids) == shape.rows
+        hidden = self._forward(replace(batch, attention=real_requests(batch.attention, layout, shape)))
         assert len(hidden) == shape.requests
-        samples = len(layout.sampled)
-        return hidden[: samples if chunks else count], inputs.sample_rows[:samples], inputs.sampled[:samples]
+        count, samples = len(layout.token_ids), len(layout.sampled)
+        return hidden[: samples if shape.chunks else count], inputs.sample_rows[:samples], inputs.sampled[:samples]
+
+
+def real_requests(padded: AttentionBatch, layout: Layout, shape: Shape) -> AttentionBatch:
+    """For the CPU, which reads the host's lengths, where a graph's kernels take them as bounds."""
+    decodes, chunks = layout.num_decodes, len(layout.rows) - layout.num_decodes
+    if shape.chunks:
+        assert not padded.context_lens[decodes : shape.decodes].any()
+        assert not padded.query_starts[shape.decodes + chunks :].diff().any()
+    real = [*range(decodes), *range(shape.decodes, shape.decodes + chunks)]
+    starts = padded.query_starts[[*real, (real[-1] if chunks else decodes - 1) + 1]]
+    contexts = padded.context_lens[real]
+    return AttentionBatch(
+        padded.block_tables[real], starts, contexts, starts.diff().tolist(), contexts.tolist(), decodes
+    )  # fmt: skip
 
 
 def generate(
@@ -147,7 +153,7 @@ def test_padded_inputs_of_graphs_change_no_token(folder: Path, reference: list[l
     runner = make_runner(folder, Padded)
     assert generate(runner)[1] == reference
     assert isinstance(runner, Padded)
-    assert {shape.tokens > 0 for shape in runner.ran} == {False, True}
+    assert {shape.chunks > 0 for shape in runner.ran} == {False, True}
     assert {shape.decodes for shape in runner.ran} >= {1, 2, 4, 8, 12}
 
 
@@ -163,19 +169,48 @@ def test_every_decode_step_has_a_graph(max_num_seqs: int, max_model_len: int) ->
         for longest in (1, 2048, max_model_len):
             if longest <= max_model_len:
                 for shared in {False, decodes >= 32}:
-                    shape = shapes.find(decodes=decodes, chunks=0, tokens=0, longest=longest, shares_prefix=shared)
+                    shape = shapes.find(layout_of(decodes, longest, shared=shared))
                     assert shape in known
-                    assert shape.decodes >= decodes
+                    assert shape.rows == shape.decodes >= decodes
                     assert shape.bound >= longest
                     assert shape.shares_prefix == shared
 
 
+def test_mixed_steps_of_ordinary_prompts_have_graphs() -> None:
+    shapes = Shapes(256, 8192, 8192)
+    known = set(shapes.all())
+    for decodes in (0, 1, 16, 17, 256):
+        for prompts in ([1], [500], [1, 600, 600, 500], [50] * 32):
+            shape = shapes.find(layout_of(decodes, 8192, prompts))
+            assert shape in known
+            assert shape.decodes >= decodes
+            assert 0 <= shape.rows - decodes - sum(prompts) < 128
+
+
 def test_a_step_with_more_of_something_than_any_graph_has_none() -> None:
     shapes = Shapes(64, 8192, 4096)
-    fits = {"decodes": 64, "chunks": 16, "tokens": 1024, "longest": 8192, "shares_prefix": True}
-    assert shapes.find(**fits) == Shape(64, 1024, 8192)  # type: ignore[arg-type]
-    for more in ({"decodes": 65}, {"chunks": 17}, {"tokens": 1025}, {"longest": 8193}):
-        assert shapes.find(**{**fits, **more}) is None  # type: ignore[arg-type]
+    assert shapes.find(layout_of(64, 8192, [62] * 32)) == Shape(64, 2048, 8192, chunks=32)
+    assert shapes.find(layout_of(65, 100, [10])) is None
+    assert shapes.find(layout_of(64, 8193, [10])) is None
+    assert shapes.find(layout_of(64, 100, [10] * 33)) is None
+    assert shapes.find(layout_of(64, 100, [1000, 985])) is None
+    assert shapes.find(layout_of(64, 100, [10])._replace(scores_prompts=True)) is None
+    assert shapes.find(layout_of(64, 100, [1024])) is not None
+    assert shapes.find(layout_of(64, 100, [1025])) is None
+    assert shapes.find(layout_of(64, 500, [1024], shared=True)) is not None
+    assert shapes.find(layout_of(64, 500, [600, 600], shared=True)) is None
+
+
+def layout_of(decodes: int, longest: int, prompts: Sequence[int] = (), *, shared: bool = False) -> Layout:
+    """Decodes of contexts up to `longest` and whole prompts, of which shapes see numbers alone."""
+    query_lens = np.array([1] * decodes + [*prompts])
+    contexts = np.array([longest] * decodes + [*prompts])
+    nothing = np.zeros(0, np.int64)
+    return Layout(
+        token_ids=np.zeros(query_lens.sum(), np.int64), positions=nothing, slots=nothing, rows=np.arange(len(contexts)),
+        query_lens=query_lens, context_lens=contexts, num_decodes=decodes, shared_prefix=256 * shared,
+        sample_rows=nothing, sampled=nothing, wishes=wishes.of([]), scores_prompts=False,
+    )  # fmt: skip
 
 
 # ── transfers ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -99,14 +99,7 @@ class HollowRunner:
 
     def _send(self, layout: Layout) -> None:
         """As `StepGraphs.run`; a step that has no graph, the first one, is not sent."""
-        decodes, count = layout.num_decodes, len(layout.token_ids)
-        shape = self._shapes.find(
-            decodes=decodes,
-            chunks=len(layout.rows) - decodes,
-            tokens=count - decodes,
-            longest=layout.longest,
-            shares_prefix=layout.shared_prefix > 0,
-        )
+        shape = self._shapes.find(layout)
         if shape is not None:
             packed = torch.from_numpy(cuda_graph.pack(layout, shape, self._rows.spare))
             self._sent[: len(packed)].copy_(packed)

@@ -17,6 +17,10 @@ class AttentionBatch:
     running (early_launch.py): they must have been written before some kernel ahead that was launched the ordinary way,
     as the model's embedding is.
 
+    To capture a step in a CUDA graph, make the batch with as many requests as the graph is to serve, the largest
+    context length in context_lens_host, and any query lengths for the chunks. What is on the device then says what
+    there is: a decode of context 0 is none, so that its row may be a chunk's, and a chunk may have no tokens.
+
     Raises ValueError if the host lists contradict each other.
     """
 

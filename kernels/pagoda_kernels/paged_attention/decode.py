@@ -9,8 +9,7 @@ A short request is bound by latency: 512 tokens of a layer of Llama-3.1-8B are r
 takes it 5. So what needs no other kernel's result, the keys and values of earlier steps, is read before this kernel
 waits for the one ahead (early_launch.py), which saves 2 µs, and programs are small, to find room beside that one's.
 
-Launch sizes depend on the host's lists alone, and these may be upper bounds: to capture decodes in a CUDA graph, make
-the batch with the largest context length the graph is to serve in context_lens_host, and the true ones on the device.
+Launch sizes depend on the host's lists alone, and these may be upper bounds: see AttentionBatch.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -229,8 +228,8 @@ def _add_apart(
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    if used + prefix_parts == 1:
-        return  # a single part, which is in its place already
+    if used + prefix_parts <= 1:
+        return  # a single part, which is in its place already, or no decode at all
     add_parts(
         parts_ptr, sums_ptr, out_ptr, request * NUM_HEADS + query_head, prefix_parts + used, slots, v_scale,
         1, 1, HEAD_SIZE, HEAD_PADDED, ADDED,

@@ -57,7 +57,7 @@ def attend_gathered(call: Call) -> None:
 def _launch(call: Call, tiles: Tiles, gathered: Gathered | None) -> None:
     batch, queries = call.batch, tiles.rows // call.group
     # Enough for every request's last, partly filled tile; programs without a tile end at once.
-    num_tiles = (call.q.shape[0] - batch.num_decodes) // queries + batch.num_requests - batch.num_decodes
+    num_tiles = call.q.shape[0] // queries + batch.num_requests - batch.num_decodes
     _prefill[(call.num_kv_heads * num_tiles,)](
         call.q,
         gathered.keys if gathered else call.k_cache,
@@ -89,13 +89,13 @@ def _launch(call: Call, tiles: Tiles, gathered: Gathered | None) -> None:
 
 
 @triton.jit
-def _find_request(starts_ptr, num_decodes, num_requests, tile, QUERIES: tl.constexpr, SEARCHED: tl.constexpr):
-    """The request of a tile: request r's begin at (its start - num_decodes) // QUERIES + (r - num_decodes)."""
+def _find_request(starts_ptr, num_decodes, num_requests, tile, origin, QUERIES: tl.constexpr, SEARCHED: tl.constexpr):
+    """The request of a tile: request r's begin at (its start - origin) // QUERIES + (r - num_decodes)."""
     begun = 0
     for first in range(num_decodes, num_requests, SEARCHED):
         request = first + tl.arange(0, SEARCHED)
         known = request < num_requests
-        start = tl.load(starts_ptr + request, known, other=0) - num_decodes
+        start = tl.load(starts_ptr + request, known, other=0) - origin
         begun += tl.sum((known & (start // QUERIES + request - num_decodes <= tile)).to(tl.int32), 0)
     return num_decodes + begun - 1
 
@@ -150,12 +150,13 @@ def _prefill(
     head = tl.program_id(0) % NUM_KV_HEADS
     # The last tiles of a chunk see the most: they start first.
     tile = num_tiles - 1 - tl.program_id(0) // NUM_KV_HEADS
-    request = _find_request(starts_ptr, num_decodes, num_requests, tile, QUERIES, SEARCHED)
+    origin = tl.load(starts_ptr + num_decodes)  # the first chunk's start
+    request = _find_request(starts_ptr, num_decodes, num_requests, tile, origin, QUERIES, SEARCHED)
     token = tl.load(starts_ptr + request)
     length = tl.load(starts_ptr + request + 1) - token
     context = tl.load(contexts_ptr + request)
     base = tl.load(bases_ptr + request - num_decodes) if GATHERED else 0
-    skipped = (tile - (token - num_decodes) // QUERIES - (request - num_decodes)) * QUERIES
+    skipped = (tile - (token - origin) // QUERIES - (request - num_decodes)) * QUERIES
     if skipped >= length:
         return
 
