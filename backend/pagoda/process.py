@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import logging
 import sys
 import time
@@ -90,6 +91,7 @@ def _serve(start: EngineStart, sessions: Sessions) -> None:
         runner.num_blocks,
         config.block_size,
     )
+    gc.freeze()  # or the collector looks through all of this now and then, 0.1 s, while streams wait
     engine.run()
 
 

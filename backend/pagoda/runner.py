@@ -85,11 +85,11 @@ class Runner:
         block_bytes = hf_config.kv_elements_per_token * config.block_size * self.cache_dtype.itemsize
         fixed = memory.asked_for(config, block_bytes, self.device)
         self.cache = self._make_cache(hf_config, 1)
-        if self.device.type == "cuda":
-            self._warm_up(config, max_model_len)
-        if fixed is None:
-            assert share is not None
-            fixed = self._measure(share, config, max_model_len) // block_bytes
+        if share is not None:
+            self._compile(config, max_model_len)
+            room = self._measure(share, config, max_model_len) // block_bytes
+            fixed = room if fixed is None else fixed
+        assert fixed is not None
         memory.check_fits(fixed, max_model_len, config.block_size)
         self.num_blocks = fixed
         self.cache = self._make_cache(hf_config, fixed)
@@ -126,8 +126,8 @@ class Runner:
             ) from None
 
     @torch.inference_mode()
-    def _warm_up(self, config: EngineConfig, max_model_len: int) -> None:
-        """Compile all that steps will call, so that no request waits for it, and let libraries set themselves up."""
+    def _compile(self, config: EngineConfig, max_model_len: int) -> None:
+        """All kernels that steps will call, so that no request waits for it."""
         began = time.monotonic()
         with pagoda_kernels.compiling_ahead(), kinds.one_of_each(self.model):
             if self.shapes is not None:
@@ -135,19 +135,21 @@ class Runner:
             sizes = config.max_num_seqs, self.max_num_mixed_tokens, max_model_len, self.block_size
             for plan in chain(self._largest_steps(config, max_model_len), trials.mixed_steps(*sizes)):
                 self.launch(plan)
+            for count in range(LOGITS_STEP, config.max_num_seqs, LOGITS_STEP):
+                self._logits(torch.zeros(count, self._hidden_size, dtype=self.dtype, device=self.device))
             for chunks in trials.kinds_of_draws(config.max_num_seqs):
                 logits = torch.zeros(len(chunks), self._vocab_size, dtype=self.dtype, device=self.device)
                 self.sampler.launch(chunks, wishes.of(chunk.request for chunk in chunks), logits)
         log.info("kernels compiled in %.1f s", time.monotonic() - began)
-        self._run_largest(config, max_model_len)
 
     def _measure(self, share: memory.Share, config: EngineConfig, max_model_len: int) -> int:
-        """Bytes that the largest step and the graphs leave of the share, found by running them over a tiny cache."""
+        """Bytes that the largest step and the graphs leave of the share, found by running them over a tiny cache.
+
+        The step comes first, since libraries cannot set themselves up while a graph is captured.
+        """
         share.begin_peak()
-        reserve = 0
-        if self.shapes is not None:
-            reserve = self._trial_graphs(share, self.shapes)
         self._run_largest(config, max_model_len)
+        reserve = self._trial_graphs(share, self.shapes) if self.shapes is not None else 0
         room = share.room(reserve)
         self.graphs = None
         torch.cuda.empty_cache()
