@@ -11,7 +11,9 @@ LARGE = tuple(
     pytest.param(Case(name, rows, inputs, outputs, strided=strided), marks=pytest.mark.native)
     for name, rows, inputs, outputs, strided in (
         ("llama_few", 64, 4096, 28672, False),
-        ("llama_first_fused", 1024, 4096, 28672, False),
+        ("llama_first_fused", 70, 4096, 28672, True),
+        ("llama_decodes", 256, 4096, 28672, False),
+        ("llama_two_ops", 500, 4096, 28672, False),
         ("llama_ends", 1100, 4096, 28672, True),
         ("llama_prefill", 8192, 4096, 28672, False),
     )

@@ -1,4 +1,4 @@
-"""linear on CUDA: our own products for up to 64 rows and for the head's 128, cuBLAS for the rest.
+"""linear on CUDA: our own products for up to 64 rows, for the head's 128, and for some matrices' 256; else cuBLAS.
 
 The five matrices of Llama-3.1-8B in bfloat16, all 129 products in one CUDA graph on an H100, ms (reading the weights
 once takes 4.81):
@@ -36,10 +36,14 @@ _TILES = {
 }
 # For up to 128 rows, where many waves hide the last one's idle part: of Llama's matrices the head's.
 _WIDE = Tile(128, 128, 64, stages=3, warps=8)
+# For 129 to 256 rows, where the tiles keep all multiprocessors busy once: of Llama's the projections to 4096 outputs,
+# which take 57 µs (59 by cuBLAS) and 17.7 (18.4).
+_ONCE = Tile(64, 128, 128, stages=4)
 
 # Weights below this many elements (a quarter of the smallest measured) are cuBLAS's, which splits their inputs.
 _LARGE = 2**22
-_MANY_WAVES = 4 * 132
+_MULTIPROCESSORS = 132
+_MANY_WAVES = 4 * _MULTIPROCESSORS
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -72,5 +76,7 @@ def _tile(x: Tensor, packed: PackedWeight) -> Tile | None:
     for most, (deep, few, tile) in _TILES.items():
         if rows <= most:
             return deep if deep.count(packed.out_features, rows) <= few else tile
-    fits = rows <= _WIDE.rows and _WIDE.count(packed.out_features, rows) >= _MANY_WAVES
-    return _WIDE if fits else None
+    if rows <= _WIDE.rows:
+        return _WIDE if _WIDE.count(packed.out_features, rows) >= _MANY_WAVES else None
+    busy = _ONCE.count(packed.out_features, rows) / _MULTIPROCESSORS
+    return _ONCE if rows <= 2 * _ONCE.rows and 0.9 < busy <= 1 else None
