@@ -15,34 +15,13 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from pagoda import config, logs
+from pagoda.contract import INPUTS, OUTPUTS, TEXT_OUTPUTS
 from pagoda.errors import ConfigError, InvalidRequest, PagodaError
 from pagoda.host import Host
 from pagoda.metrics_export import MetricsExport
 from pagoda.server import store
 from pagoda.text.wire import TextReply, TextRequest
 
-INPUTS = {
-    "session": ("TYPE_UINT8", [-1]),
-    "text_input": ("TYPE_STRING", [1]),
-    "stream": ("TYPE_BOOL", [1]),
-    "sampling_parameters": ("TYPE_STRING", [1]),
-    "exclude_input_in_output": ("TYPE_BOOL", [1]),
-    "return_finish_reason": ("TYPE_BOOL", [1]),
-    "return_num_input_tokens": ("TYPE_BOOL", [1]),
-    "return_num_output_tokens": ("TYPE_BOOL", [1]),
-    "return_cumulative_logprob": ("TYPE_BOOL", [1]),
-    "return_logprobs": ("TYPE_BOOL", [1]),
-}
-TEXT_OUTPUTS = {
-    "text_output": ("TYPE_STRING", [-1]),
-    "finish_reason": ("TYPE_STRING", [-1]),
-    "cumulative_logprob": ("TYPE_FP32", [-1]),
-    "logprobs": ("TYPE_STRING", [-1]),
-    "prompt_logprobs": ("TYPE_STRING", [1]),
-    "num_input_tokens": ("TYPE_UINT32", [1]),
-    "num_output_tokens": ("TYPE_UINT32", [-1]),
-}
-OUTPUTS = {"session": ("TYPE_UINT8", [-1]), **TEXT_OUTPUTS}
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 GRPC_CODES = {
     "invalid_request": "INVALID_ARG",

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from pagoda.server import settings as service_settings
@@ -63,6 +64,12 @@ class Service:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    def triton_post(self, model: str, verb: str, body: dict[str, Any]) -> bytes:
+        """What Triton's own HTTP port answers to generate or generate_stream."""
+        url = f"{self.instance.http_url}/v2/models/{model}/{verb}"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
+            return bytes(response.read())
 
     def metric(self, name: str, model: str = MODEL, *, triton: bool = False) -> float:
         """A series' value from the frontend's page, or from Triton's own."""
@@ -122,8 +129,10 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str = "") -> f
 
 
 @contextmanager
-def running(repository: Path, folder: Path, *arguments: str, program: Sequence[str] = (PAGODA,)) -> Iterator[Service]:
-    """Start `pagoda serve`, wait until it is ready; end it by SIGTERM and see that it leaves nothing."""
+def running(
+    repository: Path, folder: Path, *arguments: str, program: Sequence[str] = (PAGODA,), model: str | None = None
+) -> Iterator[Service]:
+    """Start `pagoda serve`, of a repository or of one model, wait until it is ready; end it by SIGTERM."""
     ports = [free_port() for _ in range(4)]
     names = ("--port", "--grpc-port", "--metrics-port", "--http-port")
     flags = [text for pair in zip(names, map(str, ports), strict=True) for text in pair]
@@ -131,8 +140,7 @@ def running(repository: Path, folder: Path, *arguments: str, program: Sequence[s
     command = [
         *program,
         "serve",
-        "--model-repository",
-        str(repository),
+        *(("--model-repository", str(repository)) if model is None else ("--model", model)),
         "--triton-http",
     ]
     with open(output, "wb") as log:

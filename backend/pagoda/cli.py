@@ -78,6 +78,7 @@ def serve(
         try:
             settings = service.ServeSettings(
                 model_repository=model_repository or _repository_of(scratch, model, served_model_name, set_ or []),
+                configs_are_complete=model_repository is None,
                 host=host,
                 port=port,
                 grpc_port=grpc_port,

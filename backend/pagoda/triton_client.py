@@ -31,7 +31,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own 120 s would leave a restarted server unnoticed
+    ("grpc.max_reconnect_backoff_ms", 200),  # on loopback; gRPC's own 120 s would leave a started server unnoticed
 ]
 CALL_TIMEOUT = 5.0
 """Seconds for a call about the repository."""

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tritonclient.grpc as grpcclient
 from pagoda.server import store
-from service import MODEL, Service, wait_for, write_model
+from pagoda.triton_client import SECRET_HEADER
+from service import MODEL, Service, running, wait_for, write_model
 from test_parameters import post
 from unit.test_gguf_checkpoint import write_tiny_gguf
 
@@ -35,6 +38,23 @@ def test_a_folder_with_a_gguf_file_is_served(calm: Service, tmp_path: Path) -> N
     finally:
         shutil.rmtree(calm.repository / "tiny")
         shutil.rmtree(store.prepared(tmp_path))
+
+
+def test_a_model_by_itself_has_the_configuration_that_the_backend_completes(calm: Service, tmp_path: Path) -> None:
+    with running(tmp_path, tmp_path, "--served-model-name", "alone", model=store.DEFAULT_MODEL) as service:
+        config, completed = configuration(service, "alone"), configuration(calm, MODEL)
+        assert set(config) == set(completed)
+        for key in ("backend", "input", "output", "model_transaction_policy", "version_policy", "optimization"):
+            assert config[key] == completed[key], key
+        body = {"text_input": "The capital of France is", "sampling_parameters": '{"temperature": 0}'}
+        assert "Paris" in json.loads(service.triton_post("alone", "generate", body))["text_output"]
+
+
+def configuration(service: Service, name: str) -> dict[str, Any]:
+    client = grpcclient.InferenceServerClient(service.instance.grpc_address)
+    found = client.get_model_config(name, headers={SECRET_HEADER: service.instance.secret}, as_json=True)
+    config: dict[str, Any] = found["config"]
+    return config
 
 
 @pytest.mark.parametrize("verb", ["load", "unload"])

@@ -243,16 +243,10 @@ def test_a_request_that_bars_every_token_ends_by_name(calm: Service) -> None:
     assert texts(infer(calm, asking(GREEDY))) == [ANSWER]
 
 
-def _post(service: Service, path: str, body: dict[str, Any]) -> bytes:
-    request = urllib.request.Request(f"{service.instance.http_url}/v2/models/{MODEL}/{path}", json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return bytes(response.read())
-
-
 def test_generate_and_generate_stream(calm: Service) -> None:
     body = {"text_input": PROMPT, **GREEDY}
-    assert json.loads(_post(calm, "generate", body))["text_output"] == PROMPT + ANSWER
-    lines = _post(calm, "generate_stream", {**body, "stream": True}).splitlines()
+    assert json.loads(calm.triton_post(MODEL, "generate", body))["text_output"] == PROMPT + ANSWER
+    lines = calm.triton_post(MODEL, "generate_stream", {**body, "stream": True}).splitlines()
     pieces = [json.loads(line[6:])["text_output"] for line in lines if line.startswith(b"data: {")]
     assert "".join(pieces) == ANSWER
 
@@ -260,11 +254,11 @@ def test_generate_and_generate_stream(calm: Service) -> None:
 def test_generate_with_several_answers_and_logprobs(calm: Service) -> None:
     body = {"text_input": PROMPT, **GREEDY, "n": 2, "logprobs": 1, "exclude_input_in_output": True}
     shown = {"return_logprobs": True, "return_cumulative_logprob": True}
-    whole = json.loads(_post(calm, "generate", {**body, **shown}))
+    whole = json.loads(calm.triton_post(MODEL, "generate", {**body, **shown}))
     assert whole["text_output"] == [ANSWER] * 2
     assert [len(json.loads(text)) for text in whole["logprobs"]] == [8, 8]
     assert whole["cumulative_logprob"][0] == pytest.approx(whole["cumulative_logprob"][1], abs=1e-3)
-    lines = _post(calm, "generate_stream", {**body, **shown, "stream": True}).splitlines()
+    lines = calm.triton_post(MODEL, "generate_stream", {**body, **shown, "stream": True}).splitlines()
     events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
     assert ["".join(parts) for parts in zip(*(event["text_output"] for event in events), strict=True)] == [ANSWER] * 2
     assert events[-1]["cumulative_logprob"] == pytest.approx(whole["cumulative_logprob"], abs=1e-3)

@@ -64,6 +64,7 @@ class TritonServer:
             if s.triton_http
             else ["--allow-http=false"]
         )
+        configs = ["--disable-auto-complete-config"] if s.configs_are_complete else []
         return [
             str(self._runtime.binary),
             f"--model-repository={s.model_repository.resolve()}",
@@ -80,6 +81,7 @@ class TritonServer:
             f"--metrics-port={s.metrics_port}",
             "--allow-gpu-metrics=false",
             *http,
+            *configs,
         ]
 
     async def stop(self, grace: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from pagoda.contract import config_text
 from pagoda.errors import ConfigError
 from pagoda.server import store
 
@@ -19,6 +19,8 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Ports, folders and numbers of one running service."""
 
     model_repository: Path
+    configs_are_complete: bool = False
+    """Triton need not ask the backend what its models' config.pbtxt leave out, which takes each of them 1.5 s."""
     host: str = "127.0.0.1"
     port: int = 9000
     grpc_port: int = 8001
@@ -106,12 +108,8 @@ def read_instance(run_folder: Path) -> Instance | None:
 
 
 def single_model_repository(folder: Path, model: str, name: str, parameters: dict[str, str]) -> Path:
-    """A repository with one model, for `pagoda serve --model`. Values are quoted as protobuf text."""
+    """A repository with one model, whose config.pbtxt is complete, for `pagoda serve --model`."""
     version = folder / name / "1"
     version.mkdir(parents=True)
-    entries = "".join(
-        f"parameters: {{ key: {json.dumps(key)} value: {{ string_value: {json.dumps(value)} }} }}\n"
-        for key, value in {"model": model, **parameters}.items()
-    )
-    (folder / name / "config.pbtxt").write_text(f'backend: "pagoda"\n{entries}', "utf-8")
+    (folder / name / "config.pbtxt").write_text(config_text({"model": model, **parameters}), "utf-8")
     return folder
