@@ -3,12 +3,14 @@
 A graph is a fixed sequence of kernels over fixed addresses, so there is one for each of a few shapes, and a step runs
 in the smallest that holds it, padded. What differs between steps is in tensors that a graph reads. All graphs share one
 memory pool and one output, since one runs at a time. They are captured when the engine has nothing else to do, or when
-one is needed: a start does not wait for them.
+one is needed, a mixed step's when it is needed again: a start does not wait for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
@@ -80,7 +82,7 @@ class StepGraph:
         self, forward: Forward, output: torch.Tensor, pool: torch.cuda._POOL_HANDLE, stream: torch.cuda.Stream
     ) -> None:
         """Record forward's kernels, ending with a copy of the hidden states to the first rows of `output`."""
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _no_collection():
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 output[: self.shape.requests] = forward(self._make())
@@ -94,6 +96,18 @@ class StepGraph:
         self._graph.replay()
         count = len(layout.sampled)
         return self._inputs.sample_rows[:count], self._inputs.sampled[:count]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Freeing what CUDA holds, another engine's graphs, say, is an error while one is captured."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class StepGraphs:
@@ -113,6 +127,8 @@ class StepGraphs:
         most = max(shape.requests for shape in self._smallest_first)
         self._output = torch.empty(most, hidden_size, dtype=dtype, device=self._device)
         self._graphs: dict[Shape, StepGraph] = {}
+        self._needed: set[Shape] = set()
+        """Of mixed steps, before they had a graph."""
 
     def call(self, shapes: Iterable[Shape]) -> None:
         """Run each shape's operations once, without a graph: for `compiling_ahead`."""
@@ -137,15 +153,23 @@ class StepGraphs:
     def run(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Hidden states of a step, and the layout's `sample_rows` and `sampled` on the device.
 
-        [S, hidden] with chunks, [T, hidden] without. Valid until the next step. None where no graph fits. One that was
-        not needed before is captured now, which takes the host as long as a step without it.
+        [S, hidden] with chunks, [T, hidden] without. Valid until the next step. None where no graph fits, or where one
+        is wanted for the first time that would not pay at once. Another that is missing is captured now, which takes
+        the host somewhat longer than a step without it.
         """
         shape = self._shapes.find(layout)
-        if shape is None:
+        if shape is None or (shape.chunks and self._is_new(shape)):
             return None
         self.capture([shape])
         sample_rows, sampled = self._graphs[shape].run(layout)
         return self._output[: len(sampled) if shape.chunks else len(layout.token_ids)], sample_rows, sampled
+
+    def _is_new(self, shape: Shape) -> bool:
+        """Whether it was never needed before. A burst's first steps have shapes that soon nobody needs."""
+        if shape in self._graphs or shape in self._needed:
+            return False
+        self._needed.add(shape)
+        return True
 
 
 def batch_maker(inputs: Inputs[torch.Tensor], shape: Shape, rows: Rows, block_size: int) -> Callable[[], Batch]:
