@@ -19,7 +19,8 @@ test: $(VENV)/.dev  ## everything in tests/ that this machine can run
 	$(BIN)/pagoda pull
 	@status=0; \
 	$(BIN)/python -m pytest tests/triton $(ARGS) || status=1; \
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --ignore tests/triton $(ARGS) || status=1; \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist worksteal \
+	  --ignore tests/triton $(ARGS) || status=1; \
 	exit $$status
 
 check: $(VENV)/.dev  ## style and types
