@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -243,6 +243,16 @@ class KVCache:
             # Not every torch writes 8-bit floats by index: their bytes are copied.
             data = cache.view(torch.uint8) if self.is_scaled else cache
             data[:, target] = data[:, source]
+
+
+class Step(NamedTuple):
+    """What every layer of a forward pass is given."""
+
+    batch: Batch
+    rotary: Rotary
+    cache: KVCache
+    outputs: torch.Tensor | None = None
+    """[S] int64, the tokens to go on with after attention; None: all."""
 
 
 class Attention(Layer):

@@ -8,9 +8,8 @@ import torch
 from pagoda_kernels import Ops
 from torch import nn
 
-from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
-from pagoda.layers import KVCache, RMSNorm, Rotary
+from pagoda.layers import RMSNorm, Step
 from pagoda.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, LlamaModel
 
 
@@ -34,16 +33,8 @@ class Gemma2Layer(nn.Module):
         self.mlp = LlamaMLP(config, ops)
         self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, ops)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        batch: Batch,
-        rotary: Rotary,
-        cache: KVCache,
-        outputs: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache, outputs)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.self_attn.after(self.input_layernorm, x, residual, step)
         x = self.mlp.after(self.pre_feedforward_layernorm, self.post_attention_layernorm(x), residual)
         return self.post_feedforward_layernorm(x), residual
 

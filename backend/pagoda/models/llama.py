@@ -13,7 +13,7 @@ from torch import nn
 
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
-from pagoda.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotary
+from pagoda.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotary, Step
 from pagoda.storage.scheme import Tied
 
 
@@ -34,23 +34,16 @@ class LlamaAttention(nn.Module):
         return None
 
     def after(
-        self,
-        norm: RMSNorm,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        batch: Batch,
-        rotary: Rotary,
-        cache: KVCache,
-        outputs: torch.Tensor | None,
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the sum of x and residual, normalised, [T, hidden]; and the sum, in residual's place.
 
-        Both of the tokens `outputs` alone, where given: [S, hidden].
+        Both of the step's outputs alone, where it has some: [S, hidden].
         """
         qkv = self.qkv_proj(norm.into(self.qkv_proj, x, residual))
-        attended = self.attention(qkv, batch, rotary, cache, self.head_norms())
-        if outputs is not None:
-            attended, residual = attended[outputs], residual[outputs]
+        attended = self.attention(qkv, step.batch, step.rotary, step.cache, self.head_norms())
+        if step.outputs is not None:
+            attended, residual = attended[step.outputs], residual[step.outputs]
         return self.o_proj(attended), residual
 
 
@@ -79,29 +72,24 @@ class LlamaMLP(MLP):
 
 class LlamaLayer(nn.Module):
     attention_class: ClassVar[type[LlamaAttention]] = LlamaAttention
+    mlp_name: ClassVar[str] = "mlp"
+    """The checkpoint's name of what follows attention."""
 
     def __init__(self, config: HFConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.self_attn = self.attention_class(config, layer, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.mlp = self.make_mlp(config, layer, ops)
+        self.add_module(self.mlp_name, self.make_mlp(config, layer, ops))
 
     def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> MLP:
         return LlamaMLP(config, ops)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        batch: Batch,
-        rotary: Rotary,
-        cache: KVCache,
-        outputs: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x is what is not yet added to `residual`, before this layer and after it; of `outputs` alone, where given."""
-        x, residual = self.self_attn.after(self.input_layernorm, x, residual, batch, rotary, cache, outputs)
-        return self.mlp.after(self.post_attention_layernorm, x, residual), residual
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """x is what is not yet added to `residual`, before this layer and after it. Residual is updated in place."""
+        x, residual = self.self_attn.after(self.input_layernorm, x, residual, step)
+        mlp: MLP = getattr(self, self.mlp_name)
+        return mlp.after(self.post_attention_layernorm, x, residual), residual
 
 
 class LlamaModel(nn.Module):
@@ -122,9 +110,10 @@ class LlamaModel(nn.Module):
         x = self.embed(batch.token_ids)
         residual = torch.zeros_like(x)
         *layers, last = self.layers
+        step = Step(batch, rotary, cache)
         for layer in layers:
-            x, residual = layer(x, residual, batch, rotary, cache, None)
-        x, residual = last(x, residual, batch, rotary, cache, batch.outputs)
+            x, residual = layer(x, residual, step)
+        x, residual = last(x, residual, step._replace(outputs=batch.outputs))
         return self.norm(x, residual)
 
 
