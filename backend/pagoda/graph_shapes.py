@@ -18,8 +18,8 @@ FEW_DECODES = 16
 CHUNKS = 32
 """Prefill chunks of a mixed step."""
 FEW_TOKENS = 1024
-"""Of a mixed step's chunks: with more, it has no graph where attention has a faster way that graphs do not know, copies
-of contexts as long, or reading the decodes' common prefix once."""
+"""Of a mixed step's chunks: with more, it has no graph where attention has a faster way that graphs do not know:
+reading the decodes' common prefix once, or copying contexts as long in the queries' dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,11 @@ def coarse(max_num_seqs: int) -> list[int]:
 class Shapes:
     """All graphs of an engine."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, *, widens_cache: bool = False
+    ) -> None:
+        """widens_cache: the cache is of 8 bits, which attention may copy."""
+        self._widens_cache = widens_cache
         self._bounds = [SHORT_CONTEXT, max_model_len] if max_model_len >= 2 * SHORT_CONTEXT else [max_model_len]
         self._fine = fine(max_num_seqs)
         self._coarse = coarse(max_num_seqs)
@@ -89,7 +93,8 @@ class Shapes:
         size, rows = _at_least(self._beside_chunks, decodes), _at_least(self._rows, count)
         if size is None or rows is None or layout.longest > self._bounds[-1] or len(layout.rows) - decodes > CHUNKS:
             return None
-        has_faster_way = layout.shared_prefix > 0 or layout.context_lens[decodes:].max() > FEW_TOKENS
+        widens = self._widens_cache and layout.context_lens[decodes:].max() > FEW_TOKENS
+        has_faster_way = layout.shared_prefix > 0 or widens
         if layout.scores_prompts or (has_faster_way and count - decodes > FEW_TOKENS):
             return None
         return Shape(size, rows, self._bounds[-1], chunks=CHUNKS)

@@ -72,7 +72,14 @@ class Runner:
         self.sampler = Sampler(self.ops, self.device, hf_config.vocab_size)
         self.rows = Rows(config.max_num_seqs, -(-max_model_len // config.block_size), self.device)
         eager = self.device.type == "cpu" or config.enforce_eager
-        self.shapes = None if eager else Shapes(config.max_num_seqs, max_model_len, self.max_num_batched_tokens)
+        self.shapes = None
+        if not eager:
+            self.shapes = Shapes(
+                config.max_num_seqs,
+                max_model_len,
+                self.max_num_batched_tokens,
+                widens_cache=self.cache_dtype != self.dtype,
+            )
         self.graphs: StepGraphs | None = None
         self._hidden_size, self._vocab_size = hf_config.hidden_size, hf_config.vocab_size
         with memory.turn(self.device):

@@ -195,10 +195,12 @@ def test_a_step_with_more_of_something_than_any_graph_has_none() -> None:
     assert shapes.find(layout_of(64, 100, [10] * 33)) is None
     assert shapes.find(layout_of(64, 100, [1000, 985])) is None
     assert shapes.find(layout_of(64, 100, [10])._replace(scores_prompts=True)) is None
-    assert shapes.find(layout_of(64, 100, [1024])) is not None
-    assert shapes.find(layout_of(64, 100, [1025])) is None
+    assert shapes.find(layout_of(64, 100, [1025])) is not None
     assert shapes.find(layout_of(64, 500, [1024], shared=True)) is not None
     assert shapes.find(layout_of(64, 500, [600, 600], shared=True)) is None
+    widening = Shapes(64, 8192, 4096, widens_cache=True)
+    assert widening.find(layout_of(64, 100, [1024])) is not None
+    assert widening.find(layout_of(64, 100, [1025])) is None
 
 
 def layout_of(decodes: int, longest: int, prompts: Sequence[int] = (), *, shared: bool = False) -> Layout:

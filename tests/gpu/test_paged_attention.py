@@ -36,6 +36,7 @@ LARGE = (
     Case("llama_mixed", (*_RAGGED[:40], (511, 511), (513, 2000), (1, 1), (2, 700)), 40, **_LLAMA),
     Case("llama_mixed_window", (*_RAGGED[:40], (511, 511), (513, 2000), (1, 1)), 40, **_LLAMA, window=700),
     Case("llama_mixed_float8", (*_RAGGED[:40], (511, 511), (2, 700)), 40, **_LLAMA, cache_dtype=FLOAT8, k_scale=0.7),
+    Case("llama_prefill_float8", ((1, 9), (700, 700), (300, 5000)), 1, **_LLAMA, cache_dtype=FLOAT8, v_scale=1.3),
     Case("llama_decodes_float8", _RAGGED, 300, **_LLAMA, cache_dtype=FLOAT8, k_scale=0.7, v_scale=1.3),
     Case(
         "llama_shared_float8",
@@ -87,30 +88,64 @@ def test_queries_beyond_float16_are_cut_off_for_keys_of_8_bits(device: str) -> N
     compare(inputs.run(kernel.paged_attention), expected.to(torch.bfloat16), 2e-2, 4e-3)
 
 
-GATHERED = (
-    replace(SMALL, name="small"),
-    pytest.param(MIXED, marks=pytest.mark.native),
-    pytest.param(replace(MIXED, name="window_softcap", window=20, softcap=2.0), marks=pytest.mark.native),
-    Case("long", ((1, 9), (70, 200), (1, 1), (40, 40)), 1, num_heads=4, num_kv_heads=2, head_size=80, window=90),
-    Case("float8", ((9, 90),), 0, 4, 2, 128, cache_dtype=FLOAT8, k_scale=0.7, v_scale=1.3),
-    pytest.param(Case("head_256", ((70, 200),), 0, 4, 2, 256), marks=pytest.mark.native),
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(SMALL),
+        pytest.param(MIXED, marks=pytest.mark.native),
+        pytest.param(replace(MIXED, name="window", window=20), marks=pytest.mark.native),
+        Case("float8", ((9, 90),), 0, 4, 2, 128, cache_dtype=FLOAT8),
+        pytest.param(Case("long", ((1, 9), (300, 700), (1, 1)), 1, 4, 2, 128, window=390), marks=pytest.mark.native),
+    ],
+    ids=lambda case: case.name,
 )
-
-
-@pytest.mark.parametrize("case", GATHERED, ids=lambda case: case.name)
-def test_gathered_chunks_agree_with_the_reference(case: Case, device: str) -> None:
-    """Also where the chunks are too short to be gathered of themselves."""
-    from pagoda_kernels.paged_attention import prefill
+def test_a_widened_cache_holds_what_the_chunks_see(case: Case, device: str) -> None:
+    """Also where the chunks are too short to be widened of themselves."""
     from pagoda_kernels.paged_attention.call import Call
+    from pagoda_kernels.paged_attention.widened import widen
 
     inputs = case.make(torch.float16, device)
-    expected = wide(inputs).run(reference.paged_attention).half()
     with PoisonedEmpty():
-        i = inputs
-        call = Call.of(i.q, i.k_cache, i.v_cache, i.batch, i.scale, i.window, i.softcap, i.k_scale, i.v_scale)
-        prefill.attend_gathered(call)
-    chunks = slice(case.num_decodes, None)
-    compare(call.out[chunks], expected[chunks], 5e-3, 1e-3)
+        keys, values, tables = widen(
+            Call.of(inputs.q, inputs.k_cache, inputs.v_cache, inputs.batch, inputs.scale, inputs.window)
+        )
+    batch, first = inputs.batch, case.num_decodes
+    expected = batch.block_tables[first:].long()
+    for chunk, (length, context) in enumerate(case.requests[first:]):
+        seen = torch.arange(max(0, context - length - case.window + 1) if case.window else 0, context, device=device)
+        for cache, widened in ((inputs.k_cache, keys), (inputs.v_cache, values)):
+            rows = expected[chunk][seen // case.block_size] * case.block_size + seen % case.block_size
+            found = tables[chunk].long()[seen // 128] * 128 + seen % 128
+            assert torch.equal(widened.flatten(0, 1)[found], cache.flatten(0, 1)[rows].half())
+            behind = torch.arange(context, -(-context // 128) * 128, device=device)
+            assert not widened.flatten(0, 1)[tables[chunk].long()[behind // 128] * 128 + behind % 128].any()
+
+
+_CHUNKS = ((1, 33), (1, 200), (5, 5), (17, 40), (1, 9), (64, 64), (300, 700), (129, 257), (70, 1000), (128, 128))
+HOPPER = tuple(
+    Case(
+        f"{heads}x{kv_heads}_{size}_block_{block}_window_{window}_softcap_{softcap}",
+        _CHUNKS, 2, heads, kv_heads, size, block, window, softcap, k_scale=0.7, v_scale=1.3,
+    )
+    for heads, kv_heads, size, block, window, softcap in (
+        (32, 8, 128, 16, 0, 0.0), (32, 8, 64, 16, 0, 0.0), (7, 1, 128, 16, 0, 0.0), (4, 4, 128, 32, 0, 0.0),
+        (9, 3, 64, 8, 4096, 0.0), (8, 2, 128, 128, 20, 0.0), (8, 2, 128, 256, 200, 2.0), (8, 2, 64, 16, 1, 2.0),
+    )
+)  # fmt: skip
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("case", HOPPER, ids=lambda case: case.name)
+def test_chunks_on_hopper_agree_with_the_reference(case: Case, device: str) -> None:
+    from pagoda_kernels.paged_attention import kernel, prefill
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    inputs = case.make(torch.float16, device)
+    expected = wide(inputs).run(reference.paged_attention).half()
+    with pytest.MonkeyPatch.context() as patch, PoisonedEmpty():
+        patch.setattr(prefill, "attend_portably", None)
+        compare(inputs.run(kernel.paged_attention), expected, 5e-3, 1e-3)
 
 
 @pytest.mark.parametrize(

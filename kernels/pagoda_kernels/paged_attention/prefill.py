@@ -4,8 +4,7 @@ A program takes one KV head and as many query tokens of one request as fit its r
 rows of the same tile, so that a key is read once for all of them. Programs find their request in query_starts, and the
 longest of a request start first. Tiles that all rows see in full go without a mask.
 
-Keys and values come from the blocks of the cache, or, where a chunk is long enough to pay for it, from a contiguous
-copy of its context, which the Tensor Memory Accelerator reads: see gathered.py.
+On Hopper GPUs there is a faster way: hopper.py.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -13,15 +12,17 @@ copy of its context, which the Tensor Memory Accelerator reads: see gathered.py.
 import triton
 import triton.language as tl
 
+from . import hopper
 from .call import Call, Tiles
-from .gathered import Gathered, gather, worth_gathering
+from .hopper import attend_on_hopper
 from .tile import add_values, cached_tile, load_queries, nothing_seen, weigh
+from .widened import widen, worth_widening
 
 # Requests whose starts a program reads at a time.
 _SEARCHED = 128
 
 
-def paged_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
+def portable_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
     """16-bit operands: 128 rows, for a warpgroup's instruction on each half. float32 has no matrix units: small."""
     if itemsize == 4:
         return Tiles(max(32, triton.next_power_of_2(group)), 32, 4, 1)
@@ -29,41 +30,29 @@ def paged_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
     return Tiles(rows, 64, 4, 3) if head_padded <= 128 else Tiles(rows, 32, 8, 3)
 
 
-def gathered_tiles(group: int, head_padded: int, positions: int) -> Tiles:
-    """Two programs a multiprocessor, so that one's softmax hides behind the other's matrix products."""
-    return Tiles(max(128, triton.next_power_of_2(group)), positions, 4 if head_padded <= 128 else 8, 2)
-
-
 def attend_chunks(call: Call) -> None:
     """Write the rows of the output that belong to prefill chunks."""
-    if worth_gathering(call):
-        attend_gathered(call)
+    if not hopper.fits(call):
+        attend_portably(call)
+    elif hopper.reads(call.k_cache, call.q):
+        attend_on_hopper(call, call.k_cache, call.v_cache, call.batch.block_tables[call.batch.num_decodes :])
+    elif worth_widening(call):
+        attend_on_hopper(call, *widen(call))
     else:
-        attend_paged(call)
+        attend_portably(call)
 
 
-def attend_paged(call: Call, tiles: Tiles | None = None) -> None:
-    """Read keys and values from the blocks of the cache."""
-    tiles = tiles or paged_tiles(call.group, call.head_padded, call.q.element_size())
-    _launch(call, tiles, None)
-
-
-def attend_gathered(call: Call) -> None:
-    """Copy the chunks' contexts first."""
-    gathered = gather(call)
-    _launch(call, gathered_tiles(call.group, call.head_padded, gathered.positions), gathered)
-
-
-def _launch(call: Call, tiles: Tiles, gathered: Gathered | None) -> None:
+def attend_portably(call: Call, tiles: Tiles | None = None) -> None:
+    """The same in the Triton language, for any GPU and any shapes."""
+    tiles = tiles or portable_tiles(call.group, call.head_padded, call.q.element_size())
     batch, queries = call.batch, tiles.rows // call.group
     # Enough for every request's last, partly filled tile; programs without a tile end at once.
     num_tiles = call.q.shape[0] // queries + batch.num_requests - batch.num_decodes
     _prefill[(call.num_kv_heads * num_tiles,)](
         call.q,
-        gathered.keys if gathered else call.k_cache,
-        gathered.values if gathered else call.v_cache,
+        call.k_cache,
+        call.v_cache,
         call.out,
-        gathered.first_rows if gathered else None,
         batch.block_tables,
         batch.context_lens,
         batch.query_starts,
@@ -82,7 +71,6 @@ def _launch(call: Call, tiles: Tiles, gathered: Gathered | None) -> None:
         QUERIES=queries,
         POSITIONS=tiles.positions,
         SEARCHED=_SEARCHED,
-        GATHERED=gathered is not None,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -102,21 +90,16 @@ def _find_request(starts_ptr, num_decodes, num_requests, tile, origin, QUERIES: 
 
 @triton.jit
 def _walk(
-    total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, begin, stop, first, last, own, window, base, head,
-    scale, softcap,
+    total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, begin, stop, first, last, own, window, head, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, GATHERED: tl.constexpr,
-    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of [begin, stop). MASKED: row i sees no position beyond own[i], nor any before its window."""
     for start in range(begin, stop, POSITIONS):
-        if GATHERED:
-            k = k_ptr.load([base + start, head * HEAD_SIZE])
-        else:
-            k, v = cached_tile(
-                k_ptr, v_ptr, table_ptr, start, first, last, head,
-                NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, POSITIONS, CHECK=MASKED,
-            )  # fmt: skip
+        k, v = cached_tile(
+            k_ptr, v_ptr, table_ptr, start, first, last, head,
+            NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, POSITIONS, CHECK=MASKED,
+        )  # fmt: skip
         visible = None
         if MASKED:
             position = start + tl.arange(0, POSITIONS)
@@ -127,9 +110,6 @@ def _walk(
             peak, weight_sum, q, k, visible, scale, softcap,
             MASKED=MASKED, SOFTCAP=SOFTCAP, MAYBE_NOTHING=MASKED and WINDOW,
         )  # fmt: skip
-        if GATHERED:
-            # Not beside the keys: theirs is the copy that the next product waits for.
-            v = v_ptr.load([base + start, head * HEAD_SIZE])
         total = add_values(total, weights, shrink, v, q.dtype)
     return total, peak, weight_sum
 
@@ -140,12 +120,11 @@ def _walk(
     ]
 )  # fmt: skip
 def _prefill(
-    q_ptr, k_ptr, v_ptr, out_ptr, bases_ptr, tables_ptr, contexts_ptr, starts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, contexts_ptr, starts_ptr,
     q_token, q_head, table_stride, scale, softcap, window, v_scale, num_decodes, num_requests, num_tiles,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, POSITIONS: tl.constexpr, SEARCHED: tl.constexpr,
-    GATHERED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % NUM_KV_HEADS
     # The last tiles of a chunk see the most: they start first.
@@ -155,7 +134,6 @@ def _prefill(
     token = tl.load(starts_ptr + request)
     length = tl.load(starts_ptr + request + 1) - token
     context = tl.load(contexts_ptr + request)
-    base = tl.load(bases_ptr + request - num_decodes) if GATHERED else 0
     skipped = (tile - (token - origin) // QUERIES - (request - num_decodes)) * QUERIES
     if skipped >= length:
         return
@@ -164,7 +142,7 @@ def _prefill(
     query = skipped + row // GROUP
     real = ((row < QUERIES * GROUP) & (query < length))[:, None] & (dimension < HEAD_SIZE)[None, :]
     first_token = (token + skipped).to(tl.int64)
-    eight_bits: tl.constexpr = False if GATHERED else k_ptr.dtype.element_ty.is_fp8()
+    eight_bits: tl.constexpr = k_ptr.dtype.element_ty.is_fp8()
     q = load_queries(q_ptr + first_token * q_token, row, head, q_token, q_head, real, eight_bits, GROUP, HEAD_PADDED)
     total, peak, weight_sum = nothing_seen(ROWS, HEAD_PADDED)
 
@@ -180,19 +158,16 @@ def _prefill(
         masked = tl.maximum(masked, begin)
         unmasked = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), POSITIONS) * POSITIONS, masked)
         total, peak, weight_sum = _walk(
-            total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, begin, unmasked, first, end, own, window, base, head,
-            scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, GATHERED,
-            MASKED=True,
+            total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, begin, unmasked, first, end, own, window, head,
+            scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, MASKED=True,
         )  # fmt: skip
     total, peak, weight_sum = _walk(
-        total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, unmasked, masked, first, end, own, window, base, head,
-        scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, GATHERED,
-        MASKED=False,
+        total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, unmasked, masked, first, end, own, window, head,
+        scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, MASKED=False,
     )  # fmt: skip
     total, peak, weight_sum = _walk(
-        total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, masked, end, first, end, own, window, base, head,
-        scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, GATHERED,
-        MASKED=True,
+        total, peak, weight_sum, q, k_ptr, v_ptr, table_ptr, masked, end, first, end, own, window, head,
+        scale, softcap, NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, SOFTCAP, WINDOW, POSITIONS, MASKED=True,
     )  # fmt: skip
     out = total * (v_scale / weight_sum)[:, None]
     offset = (row // GROUP * NUM_KV_HEADS + head) * (GROUP * HEAD_SIZE) + row % GROUP * HEAD_SIZE
