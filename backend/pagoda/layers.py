@@ -150,6 +150,13 @@ class Linear(Layer):
         assert self._product is not None, "prepare() comes before forward()"
         return self._product(x, bias=self._bias)
 
+    def onto(self, residual: torch.Tensor, x: Inputs) -> torch.Tensor | None:
+        """Add this layer's output to residual in place, or, where that is no faster, return what is yet to be added."""
+        product = self._product
+        if self._bias is None and isinstance(product, PlainProduct) and product.onto(cast(torch.Tensor, x), residual):
+            return None
+        return cast(torch.Tensor, self(x))
+
     def silu(self, x: Inputs, into: Linear) -> Inputs:
         """silu(gate) * up, [T, out / 2], for this layer's y = [gate | up], as the layer that it goes into wants it.
 
@@ -193,7 +200,7 @@ class Embedding(Layer):
 
 
 class RMSNorm(Layer):
-    """With a residual, adds to it in place and normalises the sum (https://arxiv.org/abs/1910.07467)."""
+    """Root mean square layer normalisation (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, size: int, eps: float, ops: Ops) -> None:
         super().__init__()
@@ -201,16 +208,20 @@ class RMSNorm(Layer):
         self.eps = eps
         self._ops = ops
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if residual is None:
-            return self._ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._ops.rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        """Of residual, after x, if there is any, has been added to it in place."""
+        if x is None:
+            return self._ops.rms_norm(residual, self.weight, self.eps)
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
-    def into(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor) -> Inputs:
-        """The same for the layer that alone will read it, as it wants it."""
-        if layer.scheme.rounds_inputs:
+    def into(self, layer: Linear, x: torch.Tensor | None, residual: torch.Tensor) -> Inputs:
+        """of_sum for the layer that alone will read it, as it wants it."""
+        if layer.scheme.rounds_inputs and x is not None:
             return self._ops.add_rms_norm_fp8(x, residual, self.weight, self.eps)
-        return self.forward(x, residual)
+        return self.of_sum(x, residual)
 
 
 class Rotary:

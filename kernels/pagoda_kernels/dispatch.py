@@ -18,7 +18,7 @@ from .grouped_linear import GroupedLinear
 from .grouped_linear import reference as grouped_linear_reference
 from .int4_linear import Int4Linear, PackInt4Linear
 from .int4_linear import cpu as int4_linear_cpu
-from .linear import Linear, PackLinear
+from .linear import Linear, LinearOnto, PackLinear
 from .linear import cpu as linear_cpu
 from .logits_edit import EditLogits
 from .logits_edit import cpu as logits_edit_cpu
@@ -63,6 +63,7 @@ class Ops:
     paged_attention: PagedAttention
     pack_linear: PackLinear
     linear: Linear
+    linear_onto: LinearOnto
     silu_linear: SiluLinear
     pack_fp8_linear: PackFp8Linear
     fp8_linear: Fp8Linear
@@ -112,6 +113,7 @@ def _cpu_ops() -> Ops:
         paged_attention=paged_attention_cpu.paged_attention,
         pack_linear=linear_cpu.pack_linear,
         linear=linear_cpu.linear,
+        linear_onto=linear_cpu.linear_onto,
         silu_linear=silu_linear_cpu.silu_linear,
         pack_fp8_linear=fp8_linear_cpu.pack_fp8_linear,
         fp8_linear=fp8_linear_cpu.fp8_linear,
@@ -139,6 +141,7 @@ def _batch_invariant_ops() -> Ops:
         paged_attention=invariant.paged_attention,
         pack_linear=products.pack_linear,
         linear=products.linear,
+        linear_onto=linear_cpu.linear_onto,
         silu_linear=products.silu_linear,
         pack_fp8_linear=fp8_linear_cpu.pack_fp8_linear,
         fp8_linear=invariant.fp8_linear,
@@ -166,6 +169,7 @@ def _cuda_ops() -> Ops:
         paged_attention=_kernel("paged_attention", "paged_attention"),
         pack_linear=_kernel("pack_linear", "linear"),
         linear=_kernel("linear", "linear"),
+        linear_onto=_kernel("linear_onto", "linear"),
         silu_linear=_kernel("silu_linear", "silu_linear"),
         pack_fp8_linear=_kernel("pack_fp8_linear", "fp8_linear"),
         fp8_linear=_kernel("fp8_linear", "fp8_linear"),

@@ -13,7 +13,7 @@ from pagoda import hf_config, models, weights
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
 from pagoda.layers import KVCache, Rotary
-from pagoda_kernels import AttentionBatch
+from pagoda_kernels import AttentionBatch, Ops
 from transformers import PretrainedConfig, PreTrainedModel
 
 TOLERANCE = 3e-5
@@ -70,11 +70,12 @@ class Paged:
         max_model_len: int = MAX_MODEL_LEN,
         config: HFConfig | None = None,
         dtype: torch.dtype = torch.float32,
+        ops: Ops | None = None,
     ) -> None:
         config = config or hf_config.load(folder)
         torch.set_default_dtype(dtype)
         try:
-            self.model = models.build(config, pagoda_kernels.for_device(CPU))
+            self.model = models.build(config, ops or pagoda_kernels.for_device(CPU))
         finally:
             torch.set_default_dtype(torch.float32)
         weights.load(self.model, folder, self.model.tied, CPU)

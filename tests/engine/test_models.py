@@ -28,7 +28,8 @@ from pagoda import hf_config, models
 from pagoda.hf_config import HFConfig, MixtureConfig
 from pagoda.models import kinds
 from pagoda.models.mixture import SparseMLP, sort_by_expert
-from pagoda_kernels.linear import reference
+from pagoda_kernels.linear import PackedWeight, reference
+from pagoda_kernels.silu_linear import reference as silu_linear
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -166,6 +167,28 @@ def test_in_bfloat16_it_errs_no_more_than_transformers(tmp_path: Path, family: F
 
 def rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_products_may_be_added_to_the_residual_at_once(family: Family, tmp_path: Path) -> None:
+    """As on a GPU for many rows."""
+    model = family.save(tmp_path)
+    added: list[torch.Tensor] = []
+
+    def linear_onto(x: torch.Tensor, packed: PackedWeight, residual: torch.Tensor) -> bool:
+        added.append(residual)
+        return reference.linear_onto(x, packed, residual)
+
+    ops = replace(
+        pagoda_kernels.for_device(torch.device("cpu")),
+        pack_linear=reference.pack_linear,
+        linear=reference.linear,
+        silu_linear=silu_linear.silu_linear,
+        linear_onto=linear_onto,
+    )
+    got = Paged(tmp_path, ops=ops).prefill(PROMPT, 32)
+    assert difference(got, expected_logits(model, PROMPT)) < TOLERANCE
+    assert bool(added) == (not family.name.startswith("gemma"))
 
 
 def test_routing_waits_for_nobody_and_keeps_its_shapes() -> None:

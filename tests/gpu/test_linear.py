@@ -46,6 +46,18 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return out if bias is None else out + bias.double()
 
 
+def test_many_rows_are_added_to_a_residual(dtype: torch.dtype, bounds: tuple[float, float], device: str) -> None:
+    from pagoda_kernels.linear import kernel
+
+    for rows, adds in ((1, False), (256, False), (257, True)):
+        case = Case("rows", rows, 96, 80)
+        inputs = case.make(dtype, device)
+        residual = torch.randn(rows, 80, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        expected = residual.double() + product(inputs.x, inputs.weight, None) if adds else residual.double()
+        assert kernel.linear_onto(inputs.x, kernel.pack_linear(inputs.weight), residual) == adds
+        compare(residual, expected.to(dtype), *bounds)
+
+
 def test_a_vector_of_any_width(device: str) -> None:
     """The kernel itself, for widths that `linear` leaves to cuBLAS."""
     from pagoda_kernels.linear import kernel, vector

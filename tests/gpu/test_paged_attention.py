@@ -148,6 +148,41 @@ def test_chunks_on_hopper_agree_with_the_reference(case: Case, device: str) -> N
         compare(inputs.run(kernel.paged_attention), expected, 5e-3, 1e-3)
 
 
+@pytest.mark.parametrize("with_decodes", [False, True])
+def test_spans_are_the_chunks_queries(with_decodes: bool, device: str) -> None:
+    from pagoda_kernels.paged_attention.spans import list_spans
+
+    requests = ((1, 300), (1, 9), (70, 700), (3, 3), (32, 40), (161, 200))
+    batch = make_batch(requests, 2, 16, torch.Generator(), device)
+    found = list_spans(batch, batch.num_tokens, 32, 8, 132, with_decodes)
+    count, programs = found[0, :2].tolist()
+    spans, token = [], 2
+    for chunk, (length, context) in enumerate(requests[2:]):
+        for skipped in range(0, length, 32):
+            before = context - length + skipped
+            spans.append((token + skipped, min(32, length - skipped), before, context, chunk))
+        token += length
+    assert count == len(spans)
+    assert sorted(map(tuple, found[1 : 1 + count, :5].tolist())) == spans
+    assert found[1, 4] == len(requests) - 3, "the last of the last chunk come first"
+    assert programs == (count * 8 if with_decodes else 132)
+
+
+@pytest.mark.native
+def test_whoever_waits_for_decodes_beside_chunks_waits_for_both(device: str) -> None:
+    """The decode is over long before the chunk; what follows is launched early."""
+    from pagoda_kernels.paged_attention import kernel
+    from pagoda_kernels.rms_norm import kernel as rms_norm
+
+    inputs = Case("llama", ((1, 16), (2000, 8000)), 1, **_LLAMA).make(torch.bfloat16, device)
+    weight = torch.ones(4096, dtype=torch.bfloat16, device=device)
+    for _ in range(20):
+        normalised = rms_norm.rms_norm(inputs.run(kernel.paged_attention).flatten(1), weight, 1e-5)
+    expected = rms_norm.rms_norm(inputs.run(kernel.paged_attention).flatten(1).clone(), weight, 1e-5)
+    torch.cuda.synchronize()
+    assert torch.equal(normalised, expected)
+
+
 @pytest.mark.parametrize(
     "requests",
     [

@@ -33,9 +33,11 @@ class Gemma2Layer(nn.Module):
         self.mlp = LlamaMLP(config, ops)
         self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, ops)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.self_attn.after(self.input_layernorm, x, residual, step)
-        x = self.mlp.after(self.pre_feedforward_layernorm, self.post_attention_layernorm(x), residual)
+    def forward(self, x: torch.Tensor | None, residual: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        attention, mlp = self.self_attn, self.mlp
+        attended, residual = attention.after(self.input_layernorm, x, residual, step)
+        x = self.post_attention_layernorm(attention.o_proj(attended))
+        x = mlp.down_proj(mlp.gated(self.pre_feedforward_layernorm, x, residual))
         return self.post_feedforward_layernorm(x), residual
 
 

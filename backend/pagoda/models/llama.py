@@ -13,7 +13,7 @@ from torch import nn
 
 from pagoda.batch import Batch
 from pagoda.hf_config import HFConfig
-from pagoda.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotary, Step
+from pagoda.layers import Attention, Embedding, Inputs, KVCache, Linear, RMSNorm, Rotary, Step
 from pagoda.storage.scheme import Tied
 
 
@@ -34,25 +34,25 @@ class LlamaAttention(nn.Module):
         return None
 
     def after(
-        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor, step: Step
+        self, norm: RMSNorm, x: torch.Tensor | None, residual: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the sum of x and residual, normalised, [T, hidden]; and the sum, in residual's place.
+        """What o_proj takes, [T, heads * D], of x and residual's normalised sum; and the sum, in residual's place.
 
-        Both of the step's outputs alone, where it has some: [S, hidden].
+        Both of the step's outputs alone, where it has some: [S, ...].
         """
         qkv = self.qkv_proj(norm.into(self.qkv_proj, x, residual))
         attended = self.attention(qkv, step.batch, step.rotary, step.cache, self.head_norms())
         if step.outputs is not None:
             attended, residual = attended[step.outputs], residual[step.outputs]
-        return self.o_proj(attended), residual
+        return attended, residual
 
 
 class MLP(nn.Module):
     """What follows attention in a layer."""
 
-    def after(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Of the sum of x and residual, normalised; residual becomes the sum."""
-        return cast(torch.Tensor, self(norm(x, residual)))
+    def after(self, norm: RMSNorm, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
+        """Of the sum of x and residual, normalised; residual becomes the sum. None: it is added to residual already."""
+        return cast(torch.Tensor, self(norm.of_sum(x, residual)))
 
 
 class LlamaMLP(MLP):
@@ -63,11 +63,14 @@ class LlamaMLP(MLP):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, ops, bias=config.mlp_bias)
         self._gelu_mul = None if config.activation == "silu" else ops.gelu_mul
 
-    def after(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def gated(self, norm: RMSNorm, x: torch.Tensor | None, residual: torch.Tensor) -> Inputs:
+        """What down_proj takes, of the sum of x and residual, normalised; residual becomes the sum."""
         gate_up = self.gate_up_proj
         inputs = norm.into(gate_up, x, residual)
-        gated = self._gelu_mul(gate_up(inputs)) if self._gelu_mul else gate_up.silu(inputs, self.down_proj)
-        return self.down_proj(gated)
+        return self._gelu_mul(gate_up(inputs)) if self._gelu_mul else gate_up.silu(inputs, self.down_proj)
+
+    def after(self, norm: RMSNorm, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
+        return self.down_proj.onto(residual, self.gated(norm, x, residual))
 
 
 class LlamaLayer(nn.Module):
@@ -85,9 +88,16 @@ class LlamaLayer(nn.Module):
     def make_mlp(self, config: HFConfig, layer: int, ops: Ops) -> MLP:
         return LlamaMLP(config, ops)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """x is what is not yet added to `residual`, before this layer and after it. Residual is updated in place."""
-        x, residual = self.self_attn.after(self.input_layernorm, x, residual, step)
+    def forward(
+        self, x: torch.Tensor | None, residual: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """x is what is not yet added to `residual`, if anything, before this layer and after it.
+
+        Residual is updated in place.
+        """
+        attention = self.self_attn
+        attended, residual = attention.after(self.input_layernorm, x, residual, step)
+        x = attention.o_proj.onto(residual, attended)
         mlp: MLP = getattr(self, self.mlp_name)
         return mlp.after(self.post_attention_layernorm, x, residual), residual
 
@@ -107,14 +117,14 @@ class LlamaModel(nn.Module):
 
     def forward(self, batch: Batch, rotary: Rotary, cache: KVCache) -> torch.Tensor:
         """Hidden states [S, hidden]. After its attention, the last layer goes on with the batch's outputs alone."""
-        x = self.embed(batch.token_ids)
-        residual = torch.zeros_like(x)
+        residual = self.embed(batch.token_ids)
+        x = None
         *layers, last = self.layers
         step = Step(batch, rotary, cache)
         for layer in layers:
             x, residual = layer(x, residual, step)
         x, residual = last(x, residual, step._replace(outputs=batch.outputs))
-        return self.norm(x, residual)
+        return self.norm.of_sum(x, residual)
 
 
 class LlamaForCausalLM(nn.Module):

@@ -65,6 +65,10 @@ class PlainProduct:
     def __call__(self, x: Tensor, *, bias: Tensor | None) -> Tensor:
         return self.ops.linear(x, self.packed, bias)
 
+    def onto(self, x: Tensor, residual: Tensor) -> bool:
+        """Add the product to residual, [T, out], in place; False, with nothing done, where that is no faster."""
+        return self.ops.linear_onto(x, self.packed, residual)
+
     def silu(self, x: Tensor, *, bias: Tensor | None) -> Tensor:
         """silu(gate) * up, [T, out / 2], for the product [gate | up]."""
         return self.ops.silu_linear(x, self.packed, bias)

@@ -23,3 +23,11 @@ class PackLinear(Protocol):
 class Linear(Protocol):
     def __call__(self, x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias, [T, out], contiguous, for x [T, in] (any strides, T may be 0), bias [out]."""
+
+
+class LinearOnto(Protocol):
+    def __call__(self, x: Tensor, packed: PackedWeight, residual: Tensor) -> bool:
+        """Add x @ weight.T to residual [T, out], contiguous, in x.dtype, in place, and return True.
+
+        Or return False, with nothing done, where `linear` and a later `add_rms_norm` are as fast.
+        """

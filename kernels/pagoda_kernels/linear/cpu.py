@@ -35,3 +35,8 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
         return x.new_empty(0, packed.out_features)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed.data, bias, "none", [], "")
     return product
+
+
+def linear_onto(x: Tensor, packed: PackedWeight, residual: Tensor) -> bool:
+    """See LinearOnto. oneDNN's packed weights know no such product."""
+    return False

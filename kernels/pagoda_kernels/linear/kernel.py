@@ -56,6 +56,11 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
     return tiled_product(x, packed.data, bias, tile, x.dtype)
 
 
+def linear_onto(x: Tensor, packed: PackedWeight, residual: Tensor) -> bool:
+    """See LinearOnto. Of many rows: cuBLAS reads the residual while it multiplies, so the norm has half the bytes."""
+    return x.shape[0] > 2 * _ONCE.rows and reference.linear_onto(x, packed, residual)
+
+
 def _suits(x: Tensor, packed: PackedWeight) -> bool:
     """Say whether the weight's rows can be read in 16-byte pieces."""
     return (

@@ -1,5 +1,6 @@
 """The specification of linear, in plain torch: the packed weight is the weight itself."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,3 +16,9 @@ def pack_linear(weight: Tensor) -> PackedWeight:
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """See Linear."""
     return functional.linear(x, packed.data, bias)
+
+
+def linear_onto(x: Tensor, packed: PackedWeight, residual: Tensor) -> bool:
+    """See LinearOnto."""
+    torch.addmm(residual, x, packed.data.t(), out=residual)
+    return True

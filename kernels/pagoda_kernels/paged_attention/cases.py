@@ -168,6 +168,13 @@ def bench_loads(device: torch.device) -> Iterator[BenchLoad]:
     yield _decode_load(model, device, f"{many} decodes, {shared} + 64, nothing shared", [shared + 64] * many)
     for count, length in prompts:
         yield _prompt_load(model, device, count, length)
+    yield _chunk_load(model, device, "2048 of 8000", [], (2048, 8000) if device.type == "cuda" else (64, 200))
+    for name, count, length, chunk in (
+        ("200 x 800 decodes + 512 of 1024", 200, 800, (512, 1024)),
+        ("30 x 8000 decodes + 2018 of 8000", 30, 8000, (2018, 8000)),
+    ):
+        if device.type == "cuda":
+            yield _chunk_load(model, device, name, [length] * count, chunk)
 
 
 def _decode_load(
@@ -220,6 +227,22 @@ def _prompt_load(model: BenchModel, device: torch.device, count: int, length: in
     moved = 2 * tokens * (model.heads + model.kv_heads) * model.head_size * model.dtype.itemsize
     flops = 2 * tokens * (length + 1) * model.heads * model.head_size
     return BenchLoad(f"{count} x {length} prefill", make, moved, flops, model.dtype, model.bounds)
+
+
+def _chunk_load(
+    model: BenchModel, device: torch.device, name: str, decodes: list[int], chunk: tuple[int, int]
+) -> BenchLoad:
+    requests = [*((1, c) for c in decodes), chunk]
+
+    def make(ops: Ops, seed: int) -> Calls:
+        inputs = _bench_inputs(model, device, requests, len(decodes), seed)
+        return Calls(lambda: inputs.run(ops.paged_attention), lambda: inputs.run(reference.paged_attention))
+
+    length, context = chunk
+    cached, tokens = (sum(decodes) + context) * model.kv_heads, (len(decodes) + length) * model.heads
+    moved = 2 * (cached + tokens) * model.head_size * model.dtype.itemsize
+    seen = sum(decodes) + length * context - length * (length - 1) // 2
+    return BenchLoad(name, make, moved, 4 * seen * model.heads * model.head_size, model.dtype, model.bounds)
 
 
 def _bench_inputs(

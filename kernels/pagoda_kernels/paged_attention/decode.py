@@ -35,8 +35,11 @@ def _longest(batch: AttentionBatch) -> int:
     return max(batch.context_lens_host[: batch.num_decodes])
 
 
-def attend_decodes(call: Call, plan: Plan | None = None) -> None:
-    """Write the rows of the output that belong to decodes: request r's is row r."""
+def attend_decodes(call: Call, plan: Plan | None = None, *, beside_chunks: bool = False) -> None:
+    """Write the rows of the output that belong to decodes: request r's is row r.
+
+    beside_chunks: start where attend_chunks, which was called just before, has left room, and end after it.
+    """
     batch, num_decodes = call.batch, call.batch.num_decodes
     longest = batch.prepare(_longest)
     if call.window:
@@ -52,10 +55,10 @@ def attend_decodes(call: Call, plan: Plan | None = None) -> None:
     )
     if prefix.parts:
         attend_prefix(call, prefix, parts)
-    _launch(call, parts, prefix, plan)
+    _launch(call, parts, prefix, plan, beside_chunks)
 
 
-def _launch(call: Call, parts: Parts, prefix: Prefix, plan: Plan) -> None:
+def _launch(call: Call, parts: Parts, prefix: Prefix, plan: Plan, beside_chunks: bool) -> None:
     batch, tiles, splits = call.batch, plan.tiles, plan.splits
     slots = parts.sums.shape[2]
     counted = splits.most > 1 and plan.added > 0
@@ -68,7 +71,7 @@ def _launch(call: Call, parts: Parts, prefix: Prefix, plan: Plan) -> None:
         splits.most,
         triton.cdiv(splits.tokens, tiles.positions),
     )
-    _decode[(call.num_kv_heads, splits.most, batch.num_decodes)](
+    _decode[(call.num_kv_heads, splits.most, batch.num_decodes + beside_chunks)](
         call.q,
         call.k_cache,
         call.v_cache,
@@ -86,6 +89,7 @@ def _launch(call: Call, parts: Parts, prefix: Prefix, plan: Plan) -> None:
         call.softcap,
         slots,
         prefix.parts,
+        int(beside_chunks),
         **call.constants(),
         ROWS=tiles.rows,
         POSITIONS=tiles.positions,
@@ -138,19 +142,28 @@ def _own_span(contexts_ptr, shared_ptr, request, window, splits, tiles_each, POS
 
 @triton.jit(
     do_not_specialize=[
-        "window", "splits", "tiles_each", "v_scale", "table_stride", "scale", "softcap", "slots", "prefix_parts"
+        "window", "splits", "tiles_each", "v_scale", "table_stride", "scale", "softcap", "slots", "prefix_parts",
+        "beside_chunks",
     ]
 )  # fmt: skip
 def _decode(
     q_ptr, k_ptr, v_ptr, out_ptr, parts_ptr, sums_ptr, arrivals_ptr, tables_ptr,
     contexts_ptr, shared_ptr, window, splits, tiles_each, v_scale,
-    q_token, q_head, table_stride, scale, softcap, slots, prefix_parts,
+    q_token, q_head, table_stride, scale, softcap, slots, prefix_parts, beside_chunks,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, PARTS: tl.constexpr, GROUP_PADDED: tl.constexpr,
     ADDED: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # The kernel ahead may be the chunks', which started when the one that decodes need had ended. Nobody waits for it
+    # then but a program without a decode: whoever waits for this kernel waits for both.
+    must_wait = beside_chunks == 0
+    if (beside_chunks != 0) & (request == tl.num_programs(2) - 1):
+        if EARLY:  # noqa: SIM102 - one is known to the compiler, the other is not
+            if head + split == 0:
+                gdc_wait()
+        return
     context, first, first_tile, used = _own_span(
         contexts_ptr, shared_ptr, request, window, splits, tiles_each, POSITIONS, WINDOW
     )
@@ -165,14 +178,15 @@ def _decode(
     total, peak, weight_sum = nothing_seen(ROWS, HEAD_PADDED)
     if AHEAD:
         if EARLY:  # noqa: SIM102 - one is known to the compiler, the other is not
-            if begin + POSITIONS >= context:
+            if must_wait & (begin + POSITIONS >= context):
                 gdc_wait()  # for this step's key and value
         k, v = cached_tile(
             k_ptr, v_ptr, table_ptr, begin, first, context, head,
             NUM_KV_HEADS, HEAD_SIZE, HEAD_PADDED, BLOCK_SIZE, POSITIONS, CHECK=True,
         )  # fmt: skip
     if EARLY:
-        gdc_wait()
+        if must_wait:
+            gdc_wait()
         gdc_launch_dependents()
     q = load_queries(
         q_ptr + request * q_token, row, head, 0, q_head, real, k_ptr.dtype.element_ty.is_fp8(), GROUP, HEAD_PADDED

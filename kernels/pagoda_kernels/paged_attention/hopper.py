@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .call import Call
 from .spans import FIELDS, list_spans
@@ -58,8 +59,13 @@ def reads(cache: Tensor, q: Tensor) -> bool:
     return cache.dtype == q.dtype and block_size >= 8 and block_size & (block_size - 1) == 0
 
 
-def attend_on_hopper(call: Call, k_cache: Tensor, v_cache: Tensor, tables: Tensor) -> None:
-    """Write the rows of the output that belong to prefill chunks, whose block tables are given."""
+def attend_on_hopper(
+    call: Call, k_cache: Tensor, v_cache: Tensor, tables: Tensor, *, beside_decodes: bool = False
+) -> None:
+    """Write the rows of the output that belong to prefill chunks, whose block tables are given.
+
+    beside_decodes: leave multiprocessors to a kernel that is launched early behind this one.
+    """
     block_size = k_cache.shape[1]
     piece = min(block_size, _POSITIONS)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=2 * _COLUMNS, element_bitwidth=16, rank=2)
@@ -67,9 +73,10 @@ def attend_on_hopper(call: Call, k_cache: Tensor, v_cache: Tensor, tables: Tenso
         TensorDescriptor.from_tensor(cache.view(-1, call.num_kv_heads * call.head_size), [piece, _COLUMNS], layout)
         for cache in (k_cache, v_cache)
     )
-    spans = call.batch.prepare(list_spans, call.q.shape[0], 2 * (_ROWS // call.group))
     processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count
-    _attend_all[(min(processors, call.num_kv_heads * (len(spans) - 1)),)](
+    queries = 2 * (_ROWS // call.group)
+    spans = call.batch.prepare(list_spans, call.q.shape[0], queries, call.num_kv_heads, processors, beside_decodes)
+    _attend_all[(processors,)](
         call.q,
         keys,
         values,
@@ -106,9 +113,9 @@ def _view(tiles, shape, _semantic=None):
 
 
 @gluon.jit
-def _item(turn):
+def _item(turn, programs):
     """A program's item of a turn; every other turn is dealt from the other side, so that all have about as much."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
+    program = gl.program_id(0)
     return turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
 
 
@@ -180,14 +187,16 @@ def _bring_all(
     POSITIONS: gl.constexpr = k_ring[0].shape[1]
     HEAD_SIZE: gl.constexpr = k_ring[0].shape[2]
     PIECE: gl.constexpr = k_ring[1].shape[1]
-    items = gl.load(spans_ptr) * NUM_KV_HEADS
+    items, programs = gl.load(spans_ptr) * NUM_KV_HEADS, gl.load(spans_ptr + 1)
     done = 0
-    _, next_length, next_before, _, next_chunk = _span(spans_ptr, _item(0), items, NUM_KV_HEADS, FIELDS)
-    for turn in range(gl.cdiv(items, gl.num_programs(0))):
+    _, next_length, next_before, _, next_chunk = _span(spans_ptr, _item(0, programs), items, NUM_KV_HEADS, FIELDS)
+    for turn in range(gl.cdiv(items, programs)):
         length, before, chunk = next_length, next_before, next_chunk
-        _, next_length, next_before, _, next_chunk = _span(spans_ptr, _item(turn + 1), items, NUM_KV_HEADS, FIELDS)
+        _, next_length, next_before, _, next_chunk = _span(
+            spans_ptr, _item(turn + 1, programs), items, NUM_KV_HEADS, FIELDS
+        )
         if length > 0:
-            column = _item(turn) % NUM_KV_HEADS * HEAD_SIZE
+            column = _item(turn, programs) % NUM_KV_HEADS * HEAD_SIZE
             table_ptr = tables_ptr + chunk.to(gl.int64) * table_stride
             last, count, _, _ = _tiles(before, length, window, WINDOW, POSITIONS)
             first = 0
@@ -302,17 +311,19 @@ def _attend(
     HELD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     WIDTH: gl.constexpr = GROUP * HEAD_SIZE
 
-    items = gl.load(spans_ptr) * NUM_KV_HEADS
+    items, programs = gl.load(spans_ptr) * NUM_KV_HEADS, gl.load(spans_ptr + 1)
     done = 0
-    next_token, next_length, next_before, next_context, _ = _span(spans_ptr, _item(0), items, NUM_KV_HEADS, FIELDS)
-    head = _item(0) % NUM_KV_HEADS
+    next_token, next_length, next_before, next_context, _ = _span(
+        spans_ptr, _item(0, programs), items, NUM_KV_HEADS, FIELDS
+    )
+    head = _item(0, programs) % NUM_KV_HEADS
     offset, real = _offsets(next_length, head, q_token, q_head, GROUP * q_head, HALF, GROUP, HEAD_SIZE, ROWS, PLAIN)
     _copy(q, q_ptr + next_token.to(gl.int64) * q_token + offset, real)
     async_copy.commit_group()
-    for turn in range(gl.cdiv(items, gl.num_programs(0))):
+    for turn in range(gl.cdiv(items, programs)):
         token, length, before, context = next_token, next_length, next_before, next_context
         next_token, next_length, next_before, next_context, _ = _span(
-            spans_ptr, _item(turn + 1), items, NUM_KV_HEADS, FIELDS
+            spans_ptr, _item(turn + 1, programs), items, NUM_KV_HEADS, FIELDS
         )
         if length > 0:
             last, count, unmasked, masked = _tiles(before, length, window, WINDOW, POSITIONS)
@@ -359,7 +370,7 @@ def _attend(
                     scale, softcap, SOFTCAP, WINDOW, STAGES, SCORES, WEIGHTS, True,
                 )  # fmt: skip
 
-            next_head = _item(turn + 1) % NUM_KV_HEADS
+            next_head = _item(turn + 1, programs) % NUM_KV_HEADS
             offset, real = _offsets(
                 next_length, next_head, q_token, q_head, GROUP * q_head, HALF, GROUP, HEAD_SIZE, ROWS, PLAIN
             )
@@ -374,7 +385,7 @@ def _attend(
             mbarrier.arrive(v_free.index(stage))
 
             out = total * gl.convert_layout(v_scale / weight_sum, gl.SliceLayout(1, SUMS))[:, None]
-            head = _item(turn) % NUM_KV_HEADS
+            head = _item(turn, programs) % NUM_KV_HEADS
             offset, real = _offsets(
                 length, head, NUM_KV_HEADS * WIDTH, HEAD_SIZE, WIDTH, HALF, GROUP, HEAD_SIZE, ROWS, PLAIN
             )
@@ -390,6 +401,9 @@ def _attend_all(
     SOFTCAP: gl.constexpr, WINDOW: gl.constexpr, ROWS: gl.constexpr, POSITIONS: gl.constexpr, STAGES: gl.constexpr,
     FIELDS: gl.constexpr,
 ):  # fmt: skip
+    gdc_launch_dependents()
+    if gl.program_id(0) >= gl.load(spans_ptr + 1):
+        return
     q = gl.allocate_shared_memory(keys.dtype, [2, ROWS, HEAD_SIZE], keys.layout)
     k_ring = _ring(keys, STAGES, POSITIONS, HEAD_SIZE)
     v_ring = _ring(values, STAGES, POSITIONS, HEAD_SIZE)

@@ -1,7 +1,8 @@
 """paged_attention in the Triton language: decodes and prefill chunks have kernels of their own.
 
 Both hold a block of queries in registers and walk over tiles of keys and values with a running maximum and sum:
-see tile.py. decode.py, prefill.py.
+see tile.py. decode.py, prefill.py. Decodes wait for memory and chunks for the matrix units, so, where they can, they
+run side by side: the chunks on most multiprocessors, the decodes on the others.
 """
 
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from .batch import AttentionBatch
 from .call import Call
 from .decode import attend_decodes
-from .prefill import attend_chunks
+from .prefill import attend_chunks, leaves_room
+from .shared_prefix import plan_prefix
 
 
 def paged_attention(
@@ -26,8 +28,13 @@ def paged_attention(
 ) -> Tensor:
     """See PagedAttention. Raises ValueError for a scale that is not positive."""
     call = Call.of(q, k_cache, v_cache, batch, scale, window, softcap, k_scale, v_scale)
+    has_chunks = batch.num_requests > batch.num_decodes
+    if batch.num_decodes > 0 and has_chunks and plan_prefix(call).parts == 0 and leaves_room(call):
+        attend_chunks(call, beside_decodes=True)
+        attend_decodes(call, beside_chunks=True)
+        return call.out
     if batch.num_decodes > 0:
         attend_decodes(call)
-    if batch.num_requests > batch.num_decodes:
+    if has_chunks:
         attend_chunks(call)
     return call.out

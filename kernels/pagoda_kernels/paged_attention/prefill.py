@@ -30,16 +30,23 @@ def portable_tiles(group: int, head_padded: int, itemsize: int) -> Tiles:
     return Tiles(rows, 64, 4, 3) if head_padded <= 128 else Tiles(rows, 32, 8, 3)
 
 
-def attend_chunks(call: Call) -> None:
-    """Write the rows of the output that belong to prefill chunks."""
-    if not hopper.fits(call):
+def leaves_room(call: Call) -> bool:
+    """Say whether attend_chunks can leave multiprocessors to decodes."""
+    return hopper.fits(call) and (hopper.reads(call.k_cache, call.q) or worth_widening(call))
+
+
+def attend_chunks(call: Call, *, beside_decodes: bool = False) -> None:
+    """Write the rows of the output that belong to prefill chunks.
+
+    beside_decodes: leave multiprocessors to attend_decodes, which is called next.
+    """
+    if not leaves_room(call):
         attend_portably(call)
     elif hopper.reads(call.k_cache, call.q):
-        attend_on_hopper(call, call.k_cache, call.v_cache, call.batch.block_tables[call.batch.num_decodes :])
-    elif worth_widening(call):
-        attend_on_hopper(call, *widen(call))
+        tables = call.batch.block_tables[call.batch.num_decodes :]
+        attend_on_hopper(call, call.k_cache, call.v_cache, tables, beside_decodes=beside_decodes)
     else:
-        attend_portably(call)
+        attend_on_hopper(call, *widen(call), beside_decodes=beside_decodes)
 
 
 def attend_portably(call: Call, tiles: Tiles | None = None) -> None:

@@ -12,15 +12,25 @@ from .batch import AttentionBatch
 FIELDS = 8
 """Numbers of a row, of which a span has five."""
 
-# Chunks whose lengths, and spans whose rows, a program sees to at a time.
+# Chunks whose lengths, decodes whose contexts, and spans whose rows, a program sees to at a time.
 _AT_A_TIME = 128
+# Positions that a decode reads on a multiprocessor while 128 rows multiply a tile of 128 positions on another: on an
+# H100 both take 1.9 µs.
+_READ_MEANWHILE = 230
+# With more multiprocessors decodes read no faster.
+_MOST_FOR_DECODES = 48
+# Programs may have one turn of spans more than they must, two, and so on.
+_TURNS = 16
 
 
-def list_spans(batch: AttentionBatch, num_tokens: int, queries: int) -> Tensor:
-    """Return [1 + most, FIELDS] int32: how many there are, then a row each, a chunk's last first: they see the most.
+def list_spans(
+    batch: AttentionBatch, num_tokens: int, queries: int, num_kv_heads: int, processors: int, beside_decodes: bool
+) -> Tensor:
+    """Return [1 + most, FIELDS] int32: how many there are, and how many programs are to share them, then a row each.
 
     A row: the first query's token, the number of queries, the positions before them, the request's context, the chunk.
-    num_tokens: the rows of q.
+    A chunk's last come first: they see the most. num_tokens: the rows of q. There is a program for each multiprocessor,
+    but beside_decodes: for so many that the chunks and the decodes, on the others, will probably be done soonest.
     """
     chunks = batch.num_requests - batch.num_decodes
     spans = torch.empty(1 + num_tokens // queries + chunks, FIELDS, dtype=torch.int32, device=batch.query_starts.device)
@@ -31,19 +41,27 @@ def list_spans(batch: AttentionBatch, num_tokens: int, queries: int) -> Tensor:
         batch.num_decodes,
         chunks,
         queries,
+        batch.num_decodes if beside_decodes else 0,
+        num_kv_heads,
+        processors,
         FIELDS=FIELDS,
         AT_A_TIME=_AT_A_TIME,
+        READ_MEANWHILE=_READ_MEANWHILE,
+        MOST_FOR_DECODES=_MOST_FOR_DECODES,
+        TURNS=_TURNS,
     )
     return spans
 
 
-@triton.jit(do_not_specialize=["num_decodes", "chunks", "queries"])
+@triton.jit(do_not_specialize=["num_decodes", "chunks", "queries", "decodes_beside", "num_kv_heads", "processors"])
 def _list_spans(
-    spans_ptr, starts_ptr, contexts_ptr, num_decodes, chunks, queries, FIELDS: tl.constexpr, AT_A_TIME: tl.constexpr
+    spans_ptr, starts_ptr, contexts_ptr, num_decodes, chunks, queries, decodes_beside, num_kv_heads, processors,
+    FIELDS: tl.constexpr, AT_A_TIME: tl.constexpr, READ_MEANWHILE: tl.constexpr, MOST_FOR_DECODES: tl.constexpr,
+    TURNS: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     starts_ptr += num_decodes
-    count, ahead = 0, 0
+    count, ahead, tiles = 0, 0, 0
     for first in range(0, chunks, AT_A_TIME):
         other = first + tl.arange(0, AT_A_TIME)
         known = other < chunks
@@ -51,8 +69,25 @@ def _list_spans(
         spans = tl.cdiv(lengths, queries)
         count += tl.sum(spans, 0)
         ahead += tl.sum(tl.where(other > chunk, spans, 0), 0)
+        seen = tl.load(contexts_ptr + num_decodes + other, known, other=0) - lengths // 2
+        tiles += tl.sum(spans * (seen // 128 + 1), 0)
     if chunk == 0:
         tl.store(spans_ptr, count)
+        read = 0
+        for first in range(0, decodes_beside, AT_A_TIME):
+            decode = first + tl.arange(0, AT_A_TIME)
+            read += tl.sum(tl.load(contexts_ptr + decode, decode < decodes_beside, other=0), 0)
+        # In units of a tile's time. The fewest programs that are done within so many turns leave the others to decodes,
+        # which have all when the chunks are done.
+        items = count * num_kv_heads
+        turns = tl.maximum(tl.cdiv(items, processors), 1) + tl.arange(0, TURNS)
+        programs = tl.cdiv(items, turns)
+        taken = turns * (tiles * 1.0 / tl.maximum(count, 1))
+        reading = read * 1.0 * num_kv_heads / READ_MEANWHILE
+        left = tl.maximum(reading - taken * tl.minimum(processors - programs, MOST_FOR_DECODES), 0.0)
+        soonest = tl.argmin(1.05 * taken + left / MOST_FOR_DECODES, 0)  # of equals, the one with few turns
+        chosen = tl.sum(tl.where(tl.arange(0, TURNS) == soonest, programs, 0), 0)
+        tl.store(spans_ptr + 1, tl.where(read == 0, processors, chosen))
     token = tl.load(starts_ptr + chunk)
     length = tl.load(starts_ptr + chunk + 1) - token
     context = tl.load(contexts_ptr + num_decodes + chunk)
