@@ -24,7 +24,10 @@ from pagoda.scheduler import Scheduler
 
 GROUPS = (
     ("sampling", r"^_?tiles|^_?largest|^_?pick|^_?search|^_?settle|sample|argmax"),
-    ("attention", r"attention|^_decode|^_add_apart|^_prefix|^_prefill|^_gather|embedding_bag|bmm|softmax"),
+    (
+        "attention",
+        r"attention|^_decode|^_add_apart|^_prefix|^_prefill|^_attend|^_list_spans|^_widen|embedding_bag|bmm|softmax",
+    ),
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|matrix_vector|product|linear|mm$|mkldnn"),
     ("norms", r"norm"),
     ("rotary, cache write", r"rotary"),
