@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import multiprocessors
+
 _BLOCK = 4096
 
 
 def read(x: Tensor, programs_each: int) -> Tensor:
     """Return the sums of the int32 x, contiguous, that each of so many programs a multiprocessor has read."""
-    programs = programs_each * torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = programs_each * multiprocessors(x.device)
     out = torch.empty(programs, dtype=torch.int32, device=x.device)
     _read[(programs,)](x, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
     return out

@@ -66,14 +66,15 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     kernels: list[Any] = []
     for info in pkgutil.walk_packages(pagoda_kernels.__path__, "pagoda_kernels."):
         module = importlib.import_module(info.name)
-        for name, answer in (("launches_early", True), ("has_copy_engine", True), ("bench_model", MODEL)):
+        for name, answer in (
+            ("launches_early", True), ("has_copy_engine", True), ("is_hopper", True), ("multiprocessors", 132),
+            ("bench_model", MODEL),
+        ):  # fmt: skip
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda device, answer=answer: answer)
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):  # two ops may share one: each compiles it itself, in any order
                 monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    processor = type("Processor", (), {"multi_processor_count": 132})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processor)
     # In place of loading it into a GPU.
     monkeypatch.setattr(CompiledKernel, "_init_handles", lambda kernel: kernels.append(kernel))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # what a GPU gets today; unset, Triton 3.9 warns
@@ -95,3 +96,16 @@ def test_an_op_compiles_for_hopper(op: str, ops: Ops, compiled: list[Any]) -> No
     for kernel in compiled:
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.name
+
+
+def test_prefill_attention_compiles_for_other_gpus(
+    ops: Ops, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pagoda_kernels.paged_attention import hopper
+
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: False)
+    with compiling_ahead(), Zeros():
+        for load in loads_of("paged_attention", torch.device("cpu")):
+            if "decode" not in load.name:
+                load.make(ops, 0).op()
+    assert {kernel.name for kernel in compiled} == {"_prefill"}

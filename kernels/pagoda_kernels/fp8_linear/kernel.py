@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..devices import has_copy_engine
 from ..early_launch import launches_early
-from ..linear.tiles import Scales, Tile, can_tile, has_copy_engine, tiled_product
+from ..linear.tiles import Scales, Tile, can_tile, tiled_product
 from . import Fp8Rows, Fp8Weight, PackedFp8Weight
 from .e4m3 import to_e4m3
 

@@ -20,12 +20,13 @@ both are bound by the power that the card may draw.
 import torch
 from torch import Tensor
 
+from ..devices import has_copy_engine, multiprocessors
 from . import PackedWeight, reference
 from .reference import pack_linear
-from .tiles import Tile, can_tile, has_copy_engine, tiled_product
+from .tiles import Tile, can_tile, tiled_product
 from .vector import matrix_vector
 
-__all__ = ["linear", "pack_linear"]
+__all__ = ["linear", "linear_onto", "pack_linear"]
 
 # By rows: the tile for matrices of few tiles, how many are few, and the tile for larger matrices. A program of few
 # takes a multiprocessor's shared memory, 160 to 200 KiB; two of the larger ones' share it, where that pays.
@@ -42,8 +43,7 @@ _ONCE = Tile(64, 128, 128, stages=4)
 
 # Weights below this many elements (a quarter of the smallest measured) are cuBLAS's, which splits their inputs.
 _LARGE = 2**22
-_MULTIPROCESSORS = 132
-_MANY_WAVES = 4 * _MULTIPROCESSORS
+_MANY_WAVES = 4
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -82,6 +82,7 @@ def _tile(x: Tensor, packed: PackedWeight) -> Tile | None:
         if rows <= most:
             return deep if deep.count(packed.out_features, rows) <= few else tile
     if rows <= _WIDE.rows:
-        return _WIDE if _WIDE.count(packed.out_features, rows) >= _MANY_WAVES else None
-    busy = _ONCE.count(packed.out_features, rows) / _MULTIPROCESSORS
+        waves = _WIDE.count(packed.out_features, rows) / multiprocessors(x.device)
+        return _WIDE if waves >= _MANY_WAVES else None
+    busy = _ONCE.count(packed.out_features, rows) / multiprocessors(x.device)
     return _ONCE if rows <= 2 * _ONCE.rows and 0.9 < busy <= 1 else None

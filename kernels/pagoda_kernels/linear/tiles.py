@@ -57,11 +57,6 @@ class Scales:
     """[out], float32."""
 
 
-def has_copy_engine(device: torch.device) -> bool:
-    """Say whether the device copies tiles by itself: from Hopper on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def can_tile(matrix: Tensor) -> bool:
     """Say whether the copy engine can read the matrix: rows contiguous, 16 bytes aligned."""
     itemsize = matrix.element_size()

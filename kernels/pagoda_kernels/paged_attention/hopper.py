@@ -8,7 +8,6 @@ the other, a span of queries and a KV head, and the next one's keys are on their
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from ..devices import is_hopper, multiprocessors
 from .call import Call
 from .spans import FIELDS, list_spans
 
@@ -44,8 +44,7 @@ def fits(call: Call) -> bool:
     """Say whether the kernel knows the device and the shapes; the cache may be wider than it must be."""
     q = call.q
     return (
-        q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device)[0] == 9
+        is_hopper(q.device)
         and q.element_size() == 2
         and call.head_size in (64, 128)
         and call.group <= _ROWS
@@ -73,7 +72,7 @@ def attend_on_hopper(
         TensorDescriptor.from_tensor(cache.view(-1, call.num_kv_heads * call.head_size), [piece, _COLUMNS], layout)
         for cache in (k_cache, v_cache)
     )
-    processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count
+    processors = multiprocessors(call.q.device)
     queries = 2 * (_ROWS // call.group)
     spans = call.batch.prepare(list_spans, call.q.shape[0], queries, call.num_kv_heads, processors, beside_decodes)
     _attend_all[(processors,)](

@@ -18,7 +18,6 @@ Llama-3.1-8B's in bfloat16 on an H100, µs:
 
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -26,9 +25,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..devices import has_copy_engine, multiprocessors
 from ..linear import PackedWeight
 from ..linear.kernel import linear
-from ..linear.tiles import can_tile, has_copy_engine
+from ..linear.tiles import can_tile
 from ..silu_mul.kernel import silu_mul
 
 
@@ -63,7 +63,7 @@ def silu_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> 
     block = _block(x, packed) if bias is None else None
     if block is None:
         return silu_mul(linear(x, packed, bias))
-    return fused(x, packed.data, block, _multiprocessors(x.device))
+    return fused(x, packed.data, block, multiprocessors(x.device))
 
 
 def _block(x: Tensor, packed: PackedWeight) -> Block | None:
@@ -71,7 +71,7 @@ def _block(x: Tensor, packed: PackedWeight) -> Block | None:
     block = next((block for rows, block in _BLOCKS if x.shape[0] in rows), None)
     if block is None or not _suits(x, packed):
         return None
-    programs = _multiprocessors(x.device)
+    programs = multiprocessors(x.device)
     count = block.count(x.shape[0], packed.out_features // 2)
     return block if count >= _LEAST_BUSY * programs * triton.cdiv(count, programs) else None
 
@@ -87,11 +87,6 @@ def _suits(x: Tensor, packed: PackedWeight) -> bool:
         and can_tile(packed.data)
         and has_copy_engine(x.device)
     )
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def fused(x: Tensor, weight: Tensor, block: Block, programs: int) -> Tensor:
