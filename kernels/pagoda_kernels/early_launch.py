@@ -2,7 +2,8 @@
 
 Such a kernel is launched with launch_pdl=True and does two things: `gdc_wait()` before it touches anything that an
 earlier kernel may write, and, if its successor may start early too, `gdc_launch_dependents()`. A successor launched
-the ordinary way waits for the end, as always.
+the ordinary way waits for the end, as always. (Decodes beside chunks wait for nobody but at their end: see
+paged_attention/decode.py.)
 """
 
 from functools import lru_cache

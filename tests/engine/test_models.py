@@ -222,6 +222,9 @@ def test_a_model_can_be_cut_to_one_layer_of_each_kind(family: Family, tmp_path: 
     config = hf_config.load(tmp_path)
     model = models.build(config, pagoda_kernels.for_device(torch.device("cpu")))
     sparse = config.mixture.layers if config.mixture else (False,) * config.num_layers
+    different = {(bool(w), s) for w, s in zip(config.layer_windows, sparse, strict=True)}
     with kinds.one_of_each(model):
-        assert len(model.model.layers) == len({(bool(w), s) for w, s in zip(config.layer_windows, sparse, strict=True)})
+        *others, last = model.model.layers
+        assert len(others) == len(different)
+    assert last is model.model.layers[-1]
     assert len(model.model.layers) == config.num_layers

@@ -154,7 +154,7 @@ def test_spans_are_the_chunks_queries(with_decodes: bool, device: str) -> None:
 
     requests = ((1, 300), (1, 9), (70, 700), (3, 3), (32, 40), (161, 200))
     batch = make_batch(requests, 2, 16, torch.Generator(), device)
-    found = list_spans(batch, batch.num_tokens, 32, 8, 132, with_decodes)
+    found = list_spans(batch, batch.num_tokens, 32, 8, 132, 2 * with_decodes)
     count, programs = found[0, :2].tolist()
     spans, token = [], 2
     for chunk, (length, context) in enumerate(requests[2:]):
@@ -166,6 +166,18 @@ def test_spans_are_the_chunks_queries(with_decodes: bool, device: str) -> None:
     assert sorted(map(tuple, found[1 : 1 + count, :5].tolist())) == spans
     assert found[1, 4] == len(requests) - 3, "the last of the last chunk come first"
     assert programs == (count * 8 if with_decodes else 132)
+
+
+@pytest.mark.native
+def test_decodes_beside_chunks_leave_a_widened_cache_alone(device: str) -> None:
+    """What the chunks' kernel still reads has no name any more when the decodes' parts are written."""
+    from pagoda_kernels.paged_attention import kernel
+
+    case = Case("float8", (*((1, 8000),) * 30, (2000, 8000)), 30, **_LLAMA, cache_dtype=FLOAT8)
+    inputs = case.make(torch.bfloat16, device)
+    expected = wide(inputs).run(reference.paged_attention).bfloat16()
+    for _ in range(5):
+        compare(inputs.run(kernel.paged_attention), expected, 2e-2, 4e-3)
 
 
 @pytest.mark.native

@@ -19,6 +19,7 @@ from pagoda_kernels import compiling_ahead
 from pagoda_kernels.bench import loads_of, op_names
 from pagoda_kernels.bench_loads import bench_model
 from pagoda_kernels.dispatch import Ops, for_device
+from pagoda_kernels.paged_attention.cases import Case
 from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
@@ -96,6 +97,26 @@ def test_an_op_compiles_for_hopper(op: str, ops: Ops, compiled: list[Any]) -> No
     for kernel in compiled:
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.name
+
+
+_CHUNKS = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128}
+ATTENTION = (
+    Case("window", ((1, 40), (5, 300)), 1, **_CHUNKS, window=20),
+    Case("softcap", ((5, 300),), 0, **_CHUNKS, softcap=2.0),
+    Case("head_64_block_8", ((5, 300),), 0, 8, 2, 64, block_size=8),
+    Case("float8", ((1, 40), (300, 300)), 1, **_CHUNKS, cache_dtype=torch.float8_e4m3fn),
+    Case("long_decode", ((1, 9000),), 1, **_CHUNKS),
+)
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_of_every_kind_compiles_for_hopper(case: Case, ops: Ops, compiled: list[Any]) -> None:
+    with compiling_ahead(), Zeros():
+        case.make(torch.bfloat16).run(ops.paged_attention)
+    names = {kernel.name for kernel in compiled}
+    chunks = {"_list_spans", "_attend_all"} if len(case.requests) > case.num_decodes else {"_add_apart"}
+    decodes = {"_decode"} if case.num_decodes else set()
+    assert names == chunks | decodes | ({"_widen"} if case.name == "float8" else set())
 
 
 def test_prefill_attention_compiles_for_other_gpus(

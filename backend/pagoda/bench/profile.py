@@ -129,7 +129,10 @@ class Stepper:
 def decode(engine: Alone, count: int, context: int, steps: int) -> StepProfile:
     """Decode steps of `count` requests with `context` tokens and more: `steps` timed, then as many profiled."""
     # The first to decode must not end before the last prompts are computed, beside them, and all steps are measured.
-    until_all_decode = -(-count * context // max(1, engine.runner.max_num_mixed_tokens - count))
+    room = engine.runner.max_num_mixed_tokens - count
+    if room < 1:
+        raise ValueError(f"{count} decodes leave no room for prompts: set max_num_mixed_tokens above {count}")
+    until_all_decode = -(-count * context // room)
     stepper = _stepper(engine, count, context, until_all_decode + 2 * steps + 8)
     while any(not request.is_decoding for request in stepper.scheduler.requests.values()):
         stepper.step()

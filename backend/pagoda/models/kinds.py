@@ -1,4 +1,4 @@
-"""A model cut down to one layer of each kind: what calls every kernel of the whole, in a fraction of its time."""
+"""A model cut down to one layer of each kind, and its last: what calls all of its kernels, in a fraction of its time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from pagoda.models.llama import LlamaForCausalLM
 
 @contextmanager
 def one_of_each(model: LlamaForCausalLM) -> Iterator[None]:
-    """Within, the model has only the first of all layers that are alike."""
+    """Within, the model has only the first of all layers that are alike, and its last one.
+
+    That one's operations are others: after its attention only sampled tokens go on.
+    """
     layers = model.model.layers
     kinds: dict[Hashable, nn.Module] = {}
     for layer in layers:
         kinds.setdefault(_kind(layer), layer)
-    model.model.layers = nn.ModuleList(kinds.values())
+    model.model.layers = nn.ModuleList([*kinds.values(), layers[-1]])
     try:
         yield
     finally:

@@ -14,9 +14,12 @@ Launch sizes depend on the host's lists alone, and these may be upper bounds: se
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..early_launch import launches_early
@@ -35,11 +38,24 @@ def _longest(batch: AttentionBatch) -> int:
     return max(batch.context_lens_host[: batch.num_decodes])
 
 
-def attend_decodes(call: Call, plan: Plan | None = None, *, beside_chunks: bool = False) -> None:
-    """Write the rows of the output that belong to decodes: request r's is row r.
+@dataclass(frozen=True, eq=False)
+class Decodes:
+    """A call's decodes, for which all is allocated that they need."""
 
-    beside_chunks: start where attend_chunks, which was called just before, has left room, and end after it.
-    """
+    call: Call
+    plan: Plan
+    prefix: Prefix
+    parts: Parts
+    arrivals: Tensor | None
+
+
+def attend_decodes(call: Call) -> None:
+    """Write the rows of the output that belong to decodes: request r's is row r."""
+    launch_decodes(prepare_decodes(call))
+
+
+def prepare_decodes(call: Call, plan: Plan | None = None) -> Decodes:
+    """Allocate what launch_decodes needs."""
     batch, num_decodes = call.batch, call.batch.num_decodes
     longest = batch.prepare(_longest)
     if call.window:
@@ -53,15 +69,21 @@ def attend_decodes(call: Call, plan: Plan | None = None, *, beside_chunks: bool 
         torch.empty(*scratch, call.head_size, dtype=torch.float32, device=call.q.device),
         torch.empty(scratch, dtype=torch.float32, device=call.q.device),
     )
+    counted = plan.splits.most > 1 and plan.added > 0
+    return Decodes(call, plan, prefix, parts, batch.prepare(arrivals, call.num_kv_heads) if counted else None)
+
+
+def launch_decodes(decodes: Decodes, *, beside_chunks: bool = False) -> None:
+    """Write the decodes' rows of the output.
+
+    beside_chunks: start where attend_chunks has left room, and end after it. Since it was called nothing may have been
+    launched, and no memory allocated, which might be what its kernel still reads.
+    """
+    call, prefix, parts = decodes.call, decodes.prefix, decodes.parts
+    batch, tiles, splits = call.batch, decodes.plan.tiles, decodes.plan.splits
+    slots = parts.sums.shape[2]
     if prefix.parts:
         attend_prefix(call, prefix, parts)
-    _launch(call, parts, prefix, plan, beside_chunks)
-
-
-def _launch(call: Call, parts: Parts, prefix: Prefix, plan: Plan, beside_chunks: bool) -> None:
-    batch, tiles, splits = call.batch, plan.tiles, plan.splits
-    slots = parts.sums.shape[2]
-    counted = splits.most > 1 and plan.added > 0
     early = launches_early(call.q.device)
     launch = {"launch_pdl": True} if early else {}
     span = (
@@ -78,7 +100,7 @@ def _launch(call: Call, parts: Parts, prefix: Prefix, plan: Plan, beside_chunks:
         call.out,
         parts.outputs,
         parts.sums,
-        batch.prepare(arrivals, call.num_kv_heads) if counted else None,
+        decodes.arrivals,
         batch.block_tables,
         *span,
         call.v_scale,
@@ -95,14 +117,14 @@ def _launch(call: Call, parts: Parts, prefix: Prefix, plan: Plan, beside_chunks:
         POSITIONS=tiles.positions,
         PARTS=slots > 0,
         GROUP_PADDED=triton.next_power_of_2(call.group),
-        ADDED=plan.added,
-        AHEAD=plan.ahead,
+        ADDED=decodes.plan.added,
+        AHEAD=decodes.plan.ahead,
         EARLY=early,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **launch,
     )
-    if slots and not plan.added:
+    if slots and not decodes.plan.added:
         _add_apart[(call.num_heads, batch.num_decodes)](
             parts.outputs,
             parts.sums,

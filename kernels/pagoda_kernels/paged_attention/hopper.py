@@ -41,14 +41,14 @@ _COLUMNS = 64
 
 
 def fits(call: Call) -> bool:
-    """Say whether the kernel knows the device and the shapes; the cache may be wider than it must be."""
+    """Say whether the kernel knows the device and the shapes; see `reads` for the cache's."""
     q = call.q
     return (
         is_hopper(q.device)
         and q.element_size() == 2
         and call.head_size in (64, 128)
         and call.group <= _ROWS
-        and q.stride(0) % 8 == q.stride(1) % 8 == q.data_ptr() % 16 == 0
+        and q.stride(0) % 16 == q.stride(1) % 16 == q.data_ptr() % 16 == 0  # all that Triton knows of alignment
     )
 
 
@@ -74,7 +74,8 @@ def attend_on_hopper(
     )
     processors = multiprocessors(call.q.device)
     queries = 2 * (_ROWS // call.group)
-    spans = call.batch.prepare(list_spans, call.q.shape[0], queries, call.num_kv_heads, processors, beside_decodes)
+    itemsize = call.k_cache.element_size() if beside_decodes else 0
+    spans = call.batch.prepare(list_spans, call.q.shape[0], queries, call.num_kv_heads, processors, itemsize)
     _attend_all[(processors,)](
         call.q,
         keys,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .batch import AttentionBatch
 from .call import Call
-from .decode import attend_decodes
+from .decode import attend_decodes, launch_decodes, prepare_decodes
 from .prefill import attend_chunks, leaves_room
 from .shared_prefix import plan_prefix
 
@@ -30,8 +30,9 @@ def paged_attention(
     call = Call.of(q, k_cache, v_cache, batch, scale, window, softcap, k_scale, v_scale)
     has_chunks = batch.num_requests > batch.num_decodes
     if batch.num_decodes > 0 and has_chunks and plan_prefix(call).parts == 0 and leaves_room(call):
+        decodes = prepare_decodes(call)
         attend_chunks(call, beside_decodes=True)
-        attend_decodes(call, beside_chunks=True)
+        launch_decodes(decodes, beside_chunks=True)
         return call.out
     if batch.num_decodes > 0:
         attend_decodes(call)

@@ -38,7 +38,7 @@ def leaves_room(call: Call) -> bool:
 def attend_chunks(call: Call, *, beside_decodes: bool = False) -> None:
     """Write the rows of the output that belong to prefill chunks.
 
-    beside_decodes: leave multiprocessors to attend_decodes, which is called next.
+    beside_decodes: leave multiprocessors to launch_decodes, which is called next.
     """
     if not leaves_room(call):
         attend_portably(call)

@@ -14,9 +14,9 @@ FIELDS = 8
 
 # Chunks whose lengths, decodes whose contexts, and spans whose rows, a program sees to at a time.
 _AT_A_TIME = 128
-# Positions that a decode reads on a multiprocessor while 128 rows multiply a tile of 128 positions on another: on an
-# H100 both take 1.9 µs.
-_READ_MEANWHILE = 230
+# Positions, of a cache of 8 bits, that a decode reads on a multiprocessor while 128 rows multiply a tile of as many
+# positions as rows on another: on an H100 both take 1.9 µs.
+_READ_MEANWHILE = 460
 # With more multiprocessors decodes read no faster.
 _MOST_FOR_DECODES = 48
 # Programs may have one turn of spans more than they must, two, and so on.
@@ -24,13 +24,14 @@ _TURNS = 16
 
 
 def list_spans(
-    batch: AttentionBatch, num_tokens: int, queries: int, num_kv_heads: int, processors: int, beside_decodes: bool
+    batch: AttentionBatch, num_tokens: int, queries: int, num_kv_heads: int, processors: int, decodes_itemsize: int
 ) -> Tensor:
     """Return [1 + most, FIELDS] int32: how many there are, and how many programs are to share them, then a row each.
 
     A row: the first query's token, the number of queries, the positions before them, the request's context, the chunk.
-    A chunk's last come first: they see the most. num_tokens: the rows of q. There is a program for each multiprocessor,
-    but beside_decodes: for so many that the chunks and the decodes, on the others, will probably be done soonest.
+    A chunk's last come first: they see the most. num_tokens: the rows of q. There is a program for each multiprocessor.
+    decodes_itemsize: of the cache that decodes read on the others meanwhile, or 0. With it there are so many programs
+    that both kinds will probably be done soonest. A window is not thought of: it shortens what both of them see.
     """
     chunks = batch.num_requests - batch.num_decodes
     spans = torch.empty(1 + num_tokens // queries + chunks, FIELDS, dtype=torch.int32, device=batch.query_starts.device)
@@ -41,22 +42,33 @@ def list_spans(
         batch.num_decodes,
         chunks,
         queries,
-        batch.num_decodes if beside_decodes else 0,
+        batch.num_decodes if decodes_itemsize else 0,
+        _READ_MEANWHILE // max(decodes_itemsize, 1),
         num_kv_heads,
         processors,
         FIELDS=FIELDS,
         AT_A_TIME=_AT_A_TIME,
-        READ_MEANWHILE=_READ_MEANWHILE,
         MOST_FOR_DECODES=_MOST_FOR_DECODES,
         TURNS=_TURNS,
     )
     return spans
 
 
-@triton.jit(do_not_specialize=["num_decodes", "chunks", "queries", "decodes_beside", "num_kv_heads", "processors"])
+@triton.jit(
+    do_not_specialize=[
+        "num_decodes",
+        "chunks",
+        "queries",
+        "decodes_beside",
+        "read_meanwhile",
+        "num_kv_heads",
+        "processors",
+    ]
+)
 def _list_spans(
-    spans_ptr, starts_ptr, contexts_ptr, num_decodes, chunks, queries, decodes_beside, num_kv_heads, processors,
-    FIELDS: tl.constexpr, AT_A_TIME: tl.constexpr, READ_MEANWHILE: tl.constexpr, MOST_FOR_DECODES: tl.constexpr,
+    spans_ptr, starts_ptr, contexts_ptr, num_decodes, chunks, queries, decodes_beside, read_meanwhile,
+    num_kv_heads, processors,
+    FIELDS: tl.constexpr, AT_A_TIME: tl.constexpr, MOST_FOR_DECODES: tl.constexpr,
     TURNS: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -83,7 +95,7 @@ def _list_spans(
         turns = tl.maximum(tl.cdiv(items, processors), 1) + tl.arange(0, TURNS)
         programs = tl.cdiv(items, turns)
         taken = turns * (tiles * 1.0 / tl.maximum(count, 1))
-        reading = read * 1.0 * num_kv_heads / READ_MEANWHILE
+        reading = read * 1.0 * num_kv_heads / read_meanwhile
         left = tl.maximum(reading - taken * tl.minimum(processors - programs, MOST_FOR_DECODES), 0.0)
         soonest = tl.argmin(1.05 * taken + left / MOST_FOR_DECODES, 0)  # of equals, the one with few turns
         chosen = tl.sum(tl.where(tl.arange(0, TURNS) == soonest, programs, 0), 0)
