@@ -1,4 +1,4 @@
-"""A model cut down to one layer of each kind, and its last: what calls all of its kernels, in a fraction of its time."""
+"""A model cut down to one layer of each kind and its last: what calls all of its kernels, in a fraction of the time."""
 
 from __future__ import annotations
 
