@@ -150,7 +150,7 @@ class Linear(Layer):
         assert self._product is not None, "prepare() comes before forward()"
         return self._product(x, bias=self._bias)
 
-    def onto(self, residual: torch.Tensor, x: Inputs) -> torch.Tensor | None:
+    def onto(self, x: Inputs, residual: torch.Tensor) -> torch.Tensor | None:
         """Add this layer's output to residual in place, or, where that is no faster, return what is yet to be added."""
         product = self._product
         if self._bias is None and isinstance(product, PlainProduct) and product.onto(cast(torch.Tensor, x), residual):
@@ -214,7 +214,7 @@ class RMSNorm(Layer):
     def of_sum(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         """Of residual, after x, if there is any, has been added to it in place."""
         if x is None:
-            return self._ops.rms_norm(residual, self.weight, self.eps)
+            return self.forward(residual)
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
     def into(self, layer: Linear, x: torch.Tensor | None, residual: torch.Tensor) -> Inputs:

@@ -26,7 +26,7 @@ GROUPS = (
     ("sampling", r"^_?tiles|^_?largest|^_?pick|^_?search|^_?settle|sample|argmax"),
     (
         "attention",
-        r"attention|^_decode|^_add_apart|^_prefix|^_prefill|^_attend|^_list_spans|^_widen|embedding_bag|bmm|softmax",
+        r"attention|^_decode|^_add_apart|^_prefix|^_prefill|^attend|^_list_spans|^_widen|embedding_bag|bmm|softmax",
     ),
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|matrix_vector|product|linear|mm$|mkldnn"),
     ("norms", r"norm"),

@@ -70,7 +70,7 @@ class LlamaMLP(MLP):
         return self._gelu_mul(gate_up(inputs)) if self._gelu_mul else gate_up.silu(inputs, self.down_proj)
 
     def after(self, norm: RMSNorm, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor | None:
-        return self.down_proj.onto(residual, self.gated(norm, x, residual))
+        return self.down_proj.onto(self.gated(norm, x, residual), residual)
 
 
 class LlamaLayer(nn.Module):
@@ -97,7 +97,7 @@ class LlamaLayer(nn.Module):
         """
         attention = self.self_attn
         attended, residual = attention.after(self.input_layernorm, x, residual, step)
-        x = attention.o_proj.onto(residual, attended)
+        x = attention.o_proj.onto(attended, residual)
         mlp: MLP = getattr(self, self.mlp_name)
         return mlp.after(self.post_attention_layernorm, x, residual), residual
 

@@ -49,19 +49,14 @@ class Decodes:
     arrivals: Tensor | None
 
 
-def attend_decodes(call: Call) -> None:
-    """Write the rows of the output that belong to decodes: request r's is row r."""
-    launch_decodes(prepare_decodes(call))
-
-
-def prepare_decodes(call: Call, plan: Plan | None = None) -> Decodes:
+def prepare_decodes(call: Call) -> Decodes:
     """Allocate what launch_decodes needs."""
     batch, num_decodes = call.batch, call.batch.num_decodes
     longest = batch.prepare(_longest)
     if call.window:
         longest = min(longest, call.window)
     prefix = plan_prefix(call)
-    plan = plan or plan_decodes(call, longest - prefix.tokens, prefix.parts > 0)
+    plan = plan_decodes(call, longest - prefix.tokens, prefix.parts > 0)
     # Scratch for requests of several parts: first those of the prefix, then the others.
     slots = prefix.parts + plan.splits.most if plan.splits.most > 1 or prefix.parts else 0
     scratch = (num_decodes, call.num_heads, slots)
@@ -74,7 +69,7 @@ def prepare_decodes(call: Call, plan: Plan | None = None) -> Decodes:
 
 
 def launch_decodes(decodes: Decodes, *, beside_chunks: bool = False) -> None:
-    """Write the decodes' rows of the output.
+    """Write the rows of the output that belong to decodes: request r's is row r.
 
     beside_chunks: start where attend_chunks has left room, and end after it. Since it was called nothing may have been
     launched, and no memory allocated, which might be what its kernel still reads.

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .batch import AttentionBatch
 from .call import Call
-from .decode import attend_decodes, launch_decodes, prepare_decodes
+from .decode import launch_decodes, prepare_decodes
 from .prefill import attend_chunks, leaves_room
-from .shared_prefix import plan_prefix
 
 
 def paged_attention(
@@ -29,13 +28,13 @@ def paged_attention(
     """See PagedAttention. Raises ValueError for a scale that is not positive."""
     call = Call.of(q, k_cache, v_cache, batch, scale, window, softcap, k_scale, v_scale)
     has_chunks = batch.num_requests > batch.num_decodes
-    if batch.num_decodes > 0 and has_chunks and plan_prefix(call).parts == 0 and leaves_room(call):
-        decodes = prepare_decodes(call)
+    decodes = prepare_decodes(call) if batch.num_decodes > 0 else None
+    if decodes and has_chunks and not decodes.prefix.parts and leaves_room(call):
         attend_chunks(call, beside_decodes=True)
         launch_decodes(decodes, beside_chunks=True)
         return call.out
-    if batch.num_decodes > 0:
-        attend_decodes(call)
+    if decodes:
+        launch_decodes(decodes)
     if has_chunks:
         attend_chunks(call)
     return call.out

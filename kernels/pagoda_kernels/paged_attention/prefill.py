@@ -49,9 +49,9 @@ def attend_chunks(call: Call, *, beside_decodes: bool = False) -> None:
         attend_on_hopper(call, *widen(call), beside_decodes=beside_decodes)
 
 
-def attend_portably(call: Call, tiles: Tiles | None = None) -> None:
+def attend_portably(call: Call) -> None:
     """The same in the Triton language, for any GPU and any shapes."""
-    tiles = tiles or portable_tiles(call.group, call.head_padded, call.q.element_size())
+    tiles = portable_tiles(call.group, call.head_padded, call.q.element_size())
     batch, queries = call.batch, tiles.rows // call.group
     # Enough for every request's last, partly filled tile; programs without a tile end at once.
     num_tiles = call.q.shape[0] // queries + batch.num_requests - batch.num_decodes

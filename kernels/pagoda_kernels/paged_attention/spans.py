@@ -11,6 +11,8 @@ from .batch import AttentionBatch
 
 FIELDS = 8
 """Numbers of a row, of which a span has five."""
+POSITIONS = 128
+"""Of a tile."""
 
 # Chunks whose lengths, decodes whose contexts, and spans whose rows, a program sees to at a time.
 _AT_A_TIME = 128
@@ -47,6 +49,7 @@ def list_spans(
         num_kv_heads,
         processors,
         FIELDS=FIELDS,
+        POSITIONS=POSITIONS,
         AT_A_TIME=_AT_A_TIME,
         MOST_FOR_DECODES=_MOST_FOR_DECODES,
         TURNS=_TURNS,
@@ -56,19 +59,13 @@ def list_spans(
 
 @triton.jit(
     do_not_specialize=[
-        "num_decodes",
-        "chunks",
-        "queries",
-        "decodes_beside",
-        "read_meanwhile",
-        "num_kv_heads",
-        "processors",
+        "num_decodes", "chunks", "queries", "decodes_beside", "read_meanwhile", "num_kv_heads", "processors"
     ]
-)
+)  # fmt: skip
 def _list_spans(
     spans_ptr, starts_ptr, contexts_ptr, num_decodes, chunks, queries, decodes_beside, read_meanwhile,
     num_kv_heads, processors,
-    FIELDS: tl.constexpr, AT_A_TIME: tl.constexpr, MOST_FOR_DECODES: tl.constexpr,
+    FIELDS: tl.constexpr, POSITIONS: tl.constexpr, AT_A_TIME: tl.constexpr, MOST_FOR_DECODES: tl.constexpr,
     TURNS: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -82,7 +79,7 @@ def _list_spans(
         count += tl.sum(spans, 0)
         ahead += tl.sum(tl.where(other > chunk, spans, 0), 0)
         seen = tl.load(contexts_ptr + num_decodes + other, known, other=0) - lengths // 2
-        tiles += tl.sum(spans * (seen // 128 + 1), 0)
+        tiles += tl.sum(spans * (seen // POSITIONS + 1), 0)
     if chunk == 0:
         tl.store(spans_ptr, count)
         read = 0
