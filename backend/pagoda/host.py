@@ -19,6 +19,7 @@ import msgspec
 import zmq
 
 from pagoda import protocol as wire
+from pagoda.awake import AwakeClock
 from pagoda.child import Child
 from pagoda.config import EngineConfig, EngineStart
 from pagoda.errors import ConfigError, EngineUnavailable, InvalidRequest
@@ -74,7 +75,8 @@ class Host(threading.Thread):
         self._text_reason = ""
         """Why the text worker is down."""
         self._text_started = 0.0
-        self._last_pong = time.monotonic()
+        self._clock = AwakeClock()
+        self._last_pong = 0.0
         self._next_ping = self._next_cancel_check = 0.0
         self._stopping = threading.Event()
         self._parent = os.pidfd_open(os.getppid())
@@ -180,6 +182,7 @@ class Host(threading.Thread):
                 poller.register(child.pidfd, zmq.POLLIN)
         if self._parent in dict(poller.poll(timeout_ms)):
             self._die()
+        self._clock.turn()
         self._receive_payloads()
         self._receive_text()
         self._watch_children()
@@ -220,7 +223,7 @@ class Host(threading.Thread):
                 case wire.Ready():
                     self._came_up()
                 case wire.Pong():
-                    self._last_pong = time.monotonic()
+                    self._last_pong = self._clock.now
                     if wire.is_frozen(message):
                         self._kill_engine(f"its loop made no step for {message.seconds_since_step:.0f} s")
                 case wire.Metrics():
@@ -255,7 +258,7 @@ class Host(threading.Thread):
         self._restart_at = None
         start = EngineStart(self.config, str(self.folder), self._address, self._lock, self._epoch)
         self.engine = Child("pagoda.process", start, self.directory)
-        self._last_pong = time.monotonic()
+        self._last_pong = self._clock.now
 
     def _start_text(self) -> None:
         start = TextStart(self.config.served_model_name, str(self.folder), self._address, self._text_in, self._text_out)
@@ -283,7 +286,7 @@ class Host(threading.Thread):
             self._start_text()
         if self.text is not None and self.text.has_ended:
             self._text_died(self.text)
-        if self.is_up and time.monotonic() - self._last_pong > PONG_TIMEOUT:
+        if self.is_up and self._clock.now - self._last_pong > PONG_TIMEOUT:
             self._kill_engine(f"it gave no answer for {PONG_TIMEOUT:.0f} s")
 
     def _text_died(self, text: Child) -> None:

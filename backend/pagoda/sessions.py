@@ -13,8 +13,6 @@ import logging
 import os
 import queue
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ import zmq
 
 from pagoda import protocol as wire
 from pagoda.admission import admit, group
+from pagoda.awake import AwakeClock
 from pagoda.engine import Cancel, Command, Event, Pulse, Refusal, StepResult, Submit, key_of
 from pagoda.errors import EngineFailure, EngineUnavailable, InvalidRequest, Overloaded, PagodaError
 from pagoda.request import Request
@@ -70,9 +69,9 @@ class Compiled:
 class Sessions(threading.Thread):
     """Owns the engine's socket. `pulse` and `commands` come with `serve`, once the model is loaded."""
 
-    def __init__(self, address: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, address: str) -> None:
         super().__init__(name="sessions", daemon=True)
-        self.clock = clock
+        self._clock = AwakeClock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
@@ -83,6 +82,7 @@ class Sessions(threading.Thread):
         self._sessions: dict[str, Session] = {}
         self._commands: queue.SimpleQueue[Command] | None = None
         self._pulse = Pulse()
+        self._last_step = self._moved_at = 0.0
         self._facts: wire.ModelFacts | None = None
         self._compiler: Compiler | None = None
         self._compilers = ThreadPoolExecutor(COMPILERS, "compiler")
@@ -119,6 +119,7 @@ class Sessions(threading.Thread):
         announced = False
         while self._stop_reason is None:
             poller.poll(250)
+            self._clock.turn()
             self._receive_all()
             if self._facts is not None and not announced:
                 announced = True
@@ -176,7 +177,7 @@ class Sessions(threading.Thread):
             self._send_to(reply_to, name, [wire.Closed(reason)], True)
             return
         if name not in self._sessions:  # a host opens its sessions again when it is not sure that we know them
-            self._sessions[name] = Session(reply_to, self.clock())
+            self._sessions[name] = Session(reply_to, self._clock.now)
         if self._facts is not None:
             self._send(name, [wire.Ready(self._facts, self._epoch)])
 
@@ -235,15 +236,20 @@ class Sessions(threading.Thread):
             self._commands.put(Cancel((name, message.id), "stop" if stopped else "abort", kept))
 
     def _ping(self, name: str, session: Session, message: wire.Ping) -> None:
-        session.last_ping = self.clock()
+        session.last_ping = self._clock.now
         session.acked = max(session.acked, message.acked)
         pulse = self._pulse
-        waited = time.monotonic() - pulse.last_step_time if pulse.busy else 0.0
-        self._send(name, [wire.Pong(message.nonce, pulse.step, pulse.busy, waited, pulse.longest_step)])
+        self._send(name, [wire.Pong(message.nonce, pulse.step, pulse.busy, self._stillness(), pulse.longest_step)])
         if session.backlog and self._has_credit(session):
             outputs = list(session.backlog.values())
             session.backlog.clear()
             self._send(name, [wire.Tokens(pulse.step, outputs)])
+
+    def _stillness(self) -> float:
+        """Seconds that the loop has had work and not moved."""
+        if not self._pulse.busy or self._pulse.last_step_time != self._last_step:
+            self._last_step, self._moved_at = self._pulse.last_step_time, self._clock.now
+        return self._clock.now - self._moved_at
 
     def _close(self, name: str, reason: str) -> None:
         session = self._sessions.pop(name)
@@ -254,7 +260,7 @@ class Sessions(threading.Thread):
 
     def _sweep(self) -> None:
         """Close the sessions whose pings have stopped."""
-        now = self.clock()
+        now = self._clock.now
         if now < self._next_sweep:
             return
         self._next_sweep = now + 0.25

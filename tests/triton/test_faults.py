@@ -250,3 +250,21 @@ def test_killed_tritonserver_is_started_again_without_strays(calm: Service) -> N
     wait_for(lambda: calm.status("/health") == 503, 2.5, "/health to tell")
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in below), 5, "its children to be gone")
     serves_again(calm, 30)
+
+
+def test_a_pause_of_the_whole_machine_ends_nothing(calm: Service) -> None:
+    """As when it is moved to another host, for longer than any silence that counts as a death."""
+    service = psutil.Process(calm.process.pid)
+    processes = [service, *service.children(recursive=True)]
+    stream = Stream(calm, 100)
+    stream.first.wait(30)
+    for process in processes:
+        process.suspend()
+    time.sleep(11)
+    for process in processes:
+        process.resume()
+    neighbour = Stream(calm, 4, model="short")
+    for waiting in (neighbour, stream):
+        waiting.ends_once(30)
+        assert waiting.finish_reasons == ["length"], waiting.error
+    assert {service, *service.children(recursive=True)} == set(processes)

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from pagoda.awake import AwakeClock
 from pagoda.server.settings import ServeSettings
 from pagoda.server.triton_runtime import TritonRuntime
 from pagoda.triton_client import RESTRICTED, SECRET_NAME
@@ -118,6 +119,7 @@ class FrontendWorker:
         self._cwd = cwd
         self._process: subprocess.Popen[bytes] | None = None
         self._heartbeat = -1
+        self._clock = AwakeClock()
         self._last_beat = 0.0
         self.is_ready = False
         """The worker can reach a model."""
@@ -129,7 +131,7 @@ class FrontendWorker:
     def start(self) -> None:
         self._heartbeat, theirs = os.pipe()
         os.set_blocking(self._heartbeat, False)
-        self._last_beat = time.monotonic() + 20  # starting takes a while
+        self._last_beat = self._clock.now + 20  # starting takes a while
         self.is_ready = False
         arguments = {"fd": self._listener.fileno(), "heartbeat": theirs}
         with open(self._log, "ab") as log_file:
@@ -148,13 +150,14 @@ class FrontendWorker:
     def trouble(self) -> str | None:
         """Why the worker must be started again, or None."""
         assert self._process is not None
+        self._clock.turn()
         if (status := self._process.poll()) is not None:
             return f"it ended with status {status}"
         with contextlib.suppress(BlockingIOError):
             if beats := os.read(self._heartbeat, 4096):
                 self.is_ready = beats.endswith(b"1")
-                self._last_beat = max(self._last_beat, time.monotonic())
-        if time.monotonic() - self._last_beat > HEARTBEAT_TIMEOUT:
+                self._last_beat = max(self._last_beat, self._clock.now)
+        if self._clock.now - self._last_beat > HEARTBEAT_TIMEOUT:
             return f"no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s"
         return None
 
