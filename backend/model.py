@@ -124,9 +124,7 @@ class TritonTextSender:
 def make_host(args) -> Host:
     """Raises ConfigError for anything in the model's configuration that cannot work."""
     model_config = json.loads(args["model_config"])
-    count = sum(int(group.get("count", 1)) for group in model_config.get("instance_group", []))
-    if count > 1:
-        raise ConfigError(f"instance_group.count {count}: one engine serves all requests of a model; set it to 1")
+    check_instances(model_config.get("instance_group", []))
     version_folder = Path(args["model_repository"]) / args["model_version"]
     parameters = {name: entry["string_value"] for name, entry in model_config.get("parameters", {}).items()}
     model_json = version_folder / "model.json"
@@ -137,7 +135,19 @@ def make_host(args) -> Host:
     folder = store.prepared(store.resolve(engine_config.model, relative_to=version_folder))
     directory = Path(config.runtime_dir()) / f"server-{os.getppid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
-    return Host(engine_config, folder, directory, MetricsExport(pb_utils, args["model_name"], args["model_version"]))
+    metrics = MetricsExport(pb_utils, args["model_name"], args["model_version"])
+    gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+    return Host(engine_config, folder, directory, metrics, gpu)
+
+
+def check_instances(groups) -> None:
+    """Raises ConfigError for more than one. Triton makes one for each GPU that it sees, unless it is told otherwise."""
+    count = sum(int(group.get("count", 1)) * max(1, len(group.get("gpus", []))) for group in groups)
+    if count > 1:
+        raise ConfigError(
+            f"instance_group asks for {count} instances, and one engine serves all requests of a model: "
+            "write instance_group [{ count: 1 kind: KIND_MODEL }], or name one GPU"
+        )
 
 
 def tensor_of(request, name):

@@ -13,21 +13,26 @@ from typing import NoReturn
 
 import msgspec
 
+from pagoda import gpus
+
 SPIN_COUNT = "2000"
 """Turns that a thread of OpenMP's spins at a barrier before it sleeps, a few µs. Its default is milliseconds: beside
 any other busy process on the same cores, two engines among them, each barrier then costs a time slice."""
 
 
 class Child:
-    """`python -m module`, told `start` as one line of JSON on its standard input."""
+    """`python -m module`, told `start` as one line of JSON on its standard input.
 
-    def __init__(self, module: str, start: msgspec.Struct, directory: Path) -> None:
+    It sees the service's GPUs, or `gpu` alone of them.
+    """
+
+    def __init__(self, module: str, start: msgspec.Struct, directory: Path, gpu: int | None = None) -> None:
         # sys.executable is the stub's own binary inside Triton; the prefix is right in both places.
         python = Path(sys.prefix) / "bin" / "python3"
         self._words, its_end = os.pipe()
         os.set_blocking(self._words, False)
         command = [str(python), "-m", module, str(its_end)]
-        environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
+        environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **gpus.shown(os.environ, gpu)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, cwd=directory, env=environment, pass_fds=[its_end]
         )

@@ -72,13 +72,18 @@ def serve(
         raise typer.BadParameter("give --model or --model-repository, not both")
     if set_ and model_repository is not None:
         raise typer.BadParameter("--set goes with --model; a repository's parameters are in its config.pbtxt")
+    from pagoda.server import repository
+
     logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     scratch = Path(tempfile.mkdtemp(prefix="pagoda-repository-"))
     with clear_errors():
         try:
+            folder = model_repository or _repository_of(scratch, model, served_model_name, set_ or [])
+            repository.check(folder)
             settings = service.ServeSettings(
-                model_repository=model_repository or _repository_of(scratch, model, served_model_name, set_ or []),
+                model_repository=folder,
                 configs_are_complete=model_repository is None,
+                hide_gpus=not repository.needs_gpus(folder),
                 host=host,
                 port=port,
                 grpc_port=grpc_port,
@@ -89,13 +94,14 @@ def serve(
                 api_key=api_key,
                 run_folder=run_folder or service.default_run_folder(),
             )
-            _check_repository(settings.model_repository)
             _run(settings)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _repository_of(scratch: Path, model: str | None, name: str | None, assignments: list[str]) -> Path:
+    from pagoda.server import repository
+
     if model is None:
         with _progress("the embedded default model") as update:
             model = str(store.pull_default(update))
@@ -103,7 +109,7 @@ def _repository_of(scratch: Path, model: str | None, name: str | None, assignmen
     with _progress(given.name) as update:
         folder = store.prepared(given, update)
     parameters = dict(_assignment(text) for text in assignments)
-    return service.single_model_repository(scratch, str(folder), name or given.name, parameters)
+    return repository.single_model(scratch, str(folder), name or given.name, parameters)
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -111,11 +117,6 @@ def _assignment(text: str) -> tuple[str, str]:
     if not equals:
         raise typer.BadParameter(f"--set {text}: write name=value")
     return name, value
-
-
-def _check_repository(folder: Path) -> None:
-    if not folder.is_dir() or not any(folder.glob("*/config.pbtxt")):
-        raise typer.BadParameter(f"{folder} is no model repository: it needs MODEL/config.pbtxt and MODEL/1/")
 
 
 def _run(settings: service.ServeSettings) -> None:

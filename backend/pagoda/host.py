@@ -49,9 +49,13 @@ class OpenSession:
 class Host(threading.Thread):
     """Everything between Triton's `execute`, which calls `forward` and `submit_text`, and the engine."""
 
-    def __init__(self, config: EngineConfig, folder: Path, directory: Path, metrics: MetricsSink) -> None:
+    def __init__(
+        self, config: EngineConfig, folder: Path, directory: Path, metrics: MetricsSink, gpu: int | None = None
+    ) -> None:
         super().__init__(name="host", daemon=True)
         self.config = config
+        self.gpu = gpu
+        """The only one that the engine sees; None for all."""
         self.folder = folder
         self.directory = directory
         self.metrics = metrics
@@ -257,7 +261,7 @@ class Host(threading.Thread):
         self._epoch += 1
         self._restart_at = None
         start = EngineStart(self.config, str(self.folder), self._address, self._lock, self._epoch)
-        self.engine = Child("pagoda.process", start, self.directory)
+        self.engine = Child("pagoda.process", start, self.directory, self.gpu)
         self._last_pong = self._clock.now
 
     def _start_text(self) -> None:

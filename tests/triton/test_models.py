@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tritonclient.grpc as grpcclient
 from pagoda.server import store
@@ -48,6 +50,35 @@ def test_a_model_by_itself_has_the_configuration_that_the_backend_completes(calm
             assert config[key] == completed[key], key
         body = {"text_input": "The capital of France is", "sampling_parameters": '{"temperature": 0}'}
         assert "Paris" in json.loads(service.triton_post("alone", "generate", body))["text_output"]
+
+
+def test_the_engines_see_what_the_service_does_and_tritonserver_no_gpu(calm: Service) -> None:
+    def environment(pattern: str) -> list[dict[str, str]]:
+        return [psutil.Process(pid).environ() for pid in calm.pids(pattern)]
+
+    (triton,) = environment("bin/tritonserver")
+    assert triton["CUDA_VISIBLE_DEVICES"] == ""
+    for engine in environment("pagoda.process"):
+        assert engine.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(
+    ("group", "reason"),
+    [
+        ("kind: KIND_MODEL", ""),
+        ("count: 2", "instance_group asks for 2 instances, and one engine serves all requests of a model: write"),
+    ],
+)
+def test_a_model_has_one_instance(calm: Service, group: str, reason: str) -> None:
+    write_model(calm.repository, "grouped", kv_cache_gib="0.01", max_model_len="64")
+    with open(calm.repository / "grouped" / "config.pbtxt", "a") as file:
+        file.write(f"instance_group [{{ {group} }}]\n")
+    try:
+        said = load(calm, "grouped")
+        assert (reason in said) if reason else said == "", said
+        load(calm, "grouped", "unload")
+    finally:
+        shutil.rmtree(calm.repository / "grouped")
 
 
 def configuration(service: Service, name: str) -> dict[str, Any]:

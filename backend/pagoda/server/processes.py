@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from pagoda import gpus
 from pagoda.awake import AwakeClock
 from pagoda.server.settings import ServeSettings
 from pagoda.server.triton_runtime import TritonRuntime
@@ -46,6 +47,8 @@ class TritonServer:
 
     def start(self) -> None:
         environment = {**self._runtime.environment, "PAGODA_RUNTIME_DIR": str(self._scratch)}
+        if self._settings.hide_gpus:
+            environment = gpus.hidden(environment)
         with open(self._settings.logs / "tritonserver.log", "ab") as log_file:
             self._process = subprocess.Popen(
                 self._command(),
@@ -66,6 +69,7 @@ class TritonServer:
             else ["--allow-http=false"]
         )
         configs = ["--disable-auto-complete-config"] if s.configs_are_complete else []
+        pinned = ["--pinned-memory-pool-byte-size=0"] if s.hide_gpus else []  # of no use without a GPU
         return [
             str(self._runtime.binary),
             f"--model-repository={s.model_repository.resolve()}",
@@ -83,6 +87,7 @@ class TritonServer:
             "--allow-gpu-metrics=false",
             *http,
             *configs,
+            *pinned,
         ]
 
     async def stop(self, grace: float) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 
-from pagoda.contract import config_text
 from pagoda.errors import ConfigError
 from pagoda.server import store
 
@@ -21,6 +20,8 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_repository: Path
     configs_are_complete: bool = False
     """Triton need not ask the backend what its models' config.pbtxt leave out, which takes each of them 1.5 s."""
+    hide_gpus: bool = False
+    """tritonserver itself sees no GPU; the engines do."""
     host: str = "127.0.0.1"
     port: int = 9000
     grpc_port: int = 8001
@@ -105,11 +106,3 @@ def read_instance(run_folder: Path) -> Instance | None:
         return instance if _is_held(run_folder) else None
     except (OSError, msgspec.MsgspecError):
         return None
-
-
-def single_model_repository(folder: Path, model: str, name: str, parameters: dict[str, str]) -> Path:
-    """A repository with one model, whose config.pbtxt is complete, for `pagoda serve --model`."""
-    version = folder / name / "1"
-    version.mkdir(parents=True)
-    (folder / name / "config.pbtxt").write_text(config_text({"model": model, **parameters}), "utf-8")
-    return folder
