@@ -20,6 +20,7 @@ DRAWS = (
 """One for each set of kernels that draws."""
 EDITS = (
     SamplingParams(repetition_penalty=1.1, logprobs=0),
+    SamplingParams(temperature=0.0, repetition_penalty=1.1),
     SamplingParams(logit_bias={0: 1.0}),
     SamplingParams(allowed_token_ids=(0,)),
     SamplingParams(logit_bias={0: 1.0}, allowed_token_ids=(0,)),

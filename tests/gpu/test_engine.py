@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,32 @@ def test_drawn_tokens_are_the_same_with_and_without_graphs(folder: Path) -> None
     _, graphs = generate(make_runner(folder, device="cuda"), DRAWN)
     _, eager = generate(make_runner(folder, device="cuda", enforce_eager=True), DRAWN)
     assert graphs == eager
+
+
+def test_no_step_waits_for_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a whole batch asks for, or one request of it, its kernels were compiled before the engine served."""
+    from triton.runtime.jit import JITFunction
+
+    runner = make_runner(folder, device="cuda", dtype="bfloat16")
+    compiled: list[str] = []
+    compile_kernel = JITFunction._do_compile
+
+    def record(self: JITFunction, *args: Any, **options: Any) -> Any:
+        compiled.append(self.fn.__name__)
+        return compile_kernel(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", record)
+    asked = (
+        *DRAWN,
+        SamplingParams(temperature=0, repetition_penalty=1.1),
+        SamplingParams(temperature=0, allowed_token_ids=(1, 2, 3), logprobs=2),
+        SamplingParams(temperature=0.8, top_k=50, logit_bias={3: 1.0}),
+        SamplingParams(temperature=1.0, presence_penalty=0.5, prompt_logprobs=1),
+    )
+    for params in asked:
+        generate(runner, (params,), burst=5, output=4)
+    generate(runner, asked, output=4)
+    assert not compiled
 
 
 SHARE = """
