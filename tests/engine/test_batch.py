@@ -14,7 +14,9 @@ from pagoda.plan import Chunk, Plan
 from pagoda.request import Request, Status
 from pagoda.rows import COMPARED, Rows
 from pagoda.sampling_params import SamplingParams
-from unit.fake_runner import FakeLaunched, FakeRunner, make_group, make_loop, make_request
+from unit.fake_runner import FakeLaunched, FakeRunner
+from unit.lone import make_group, make_request
+from unit.loop import make_loop
 
 BLOCK = 8
 CPU = torch.device("cpu")

@@ -11,7 +11,9 @@ from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
 from pagoda.request import MAX_PREEMPTIONS, Request
 from pagoda.scheduler import Scheduler
-from unit.fake_runner import Loop, audit, make_group, make_loop
+from unit.audit import audit
+from unit.lone import make_group
+from unit.loop import Loop, make_loop
 
 PROMPTS = [[1] * 24, [1] * 8 + [2] * 16, [1] * 5 + [3] * 19, [4, 5] * 12]
 """Prompts are heads of these, so that many share blocks and some part within one."""

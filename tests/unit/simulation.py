@@ -13,7 +13,9 @@ from pagoda.engine import Cancel, Command, Engine, Event, Refusal, StepResult, S
 from pagoda.errors import DeadlineExceeded, Overloaded
 from pagoda.request import Request
 from pagoda.scheduler import Scheduler
-from unit.fake_runner import VOCAB, Lone, Loop, audit, make_group, make_loop
+from unit.audit import audit
+from unit.lone import VOCAB, Lone, make_group
+from unit.loop import Loop, make_loop
 from unit.planted_faults import Fault
 
 SESSION = "s"

@@ -14,7 +14,9 @@ from pagoda.errors import InvalidRequest, Overloaded
 from pagoda.plan import Plan
 from pagoda.protocol import Metrics, Output, Usage
 from pagoda.request import Request
-from unit.fake_runner import FakeLaunched, FakeRunner, lone_run, make_loop, make_request
+from unit.fake_runner import FakeLaunched, FakeRunner
+from unit.lone import lone_run, make_request
+from unit.loop import make_loop
 
 SESSION = "s"
 

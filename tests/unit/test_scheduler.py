@@ -9,7 +9,9 @@ from pagoda.errors import InvalidRequest, Overloaded
 from pagoda.plan import Plan
 from pagoda.request import MAX_PREEMPTIONS, Request, Status
 from pagoda.sampling_params import SamplingParams
-from unit.fake_runner import Loop, audit, lone_run, make_group, make_loop, make_request
+from unit.audit import audit
+from unit.lone import lone_run, make_group, make_request
+from unit.loop import Loop, make_loop
 from unit.memory_machine import MemoryMachine
 from unit.planted_faults import FAULTS, Fault
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from pagoda.request import MAX_PREEMPTIONS
-from unit.fake_runner import Loop
+from unit.loop import Loop
 from unit.planted_faults import FAULTS, Fault
 from unit.simulation import simulate
 
