@@ -11,7 +11,7 @@ from pagoda.protocol import FinishReason
 from pagoda.request import MAX_PREEMPTIONS, Request, Status
 from pagoda.scheduler import Scheduler
 from unit.fake_runner import FakeRunner
-from unit.lone import lone_run
+from unit.lone import lone_run, make_request
 
 
 class Clock:
@@ -152,3 +152,14 @@ def make_loop(
         clock=Clock(),
     )
     return Loop(FakeRunner(scheduler, steps_ahead=steps_ahead, verify=verify))
+
+
+def shape(plan: Plan) -> list[tuple[object, int, int]]:
+    return [(c.request.key, c.start, c.count) for c in plan.chunks]
+
+
+def add(loop: Loop, key: str, prompt: int | list[int], **rest: object) -> Request:
+    tokens = list(range(prompt)) if isinstance(prompt, int) else prompt
+    request = make_request(key, tokens, **rest)  # type: ignore[arg-type]
+    loop.add(request)
+    return request
