@@ -9,29 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from engine.parity import BLOCK_SIZE, CPU, MAX_MODEL_LEN, PROMPT, SHAPE, Paged, difference, expected_logits, save
+from engine.parity import BLOCK_SIZE, CPU, MAX_MODEL_LEN, PROMPT, SHAPE, Paged, difference, expected_logits
 from engine.quantised import FORMATS, FP8_BY_CHANNEL, quantise_folder
+from engine.quantised_parity import FP8_TOLERANCE, WIDE, rms
+from engine.quantised_parity import plain as plain
 from engine.test_models_batched import generate
-from engine.test_quantised import FP8_TOLERANCE, WIDE, rms
 from pagoda import config, hf_config
 from pagoda.errors import CheckpointError, ConfigError
 from pagoda.layers import KVCache
 from pagoda.runner import Runner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 LAYERS = SHAPE["num_hidden_layers"]
 KEY_SCALES = [0.004 * (layer + 1) for layer in range(LAYERS)]
 VALUE_SCALES = [0.003 * (layer + 1) for layer in range(LAYERS)]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain")
-    save(folder, LlamaConfig(**WIDE), LlamaForCausalLM)
-    return folder
 
 
 @pytest.fixture
