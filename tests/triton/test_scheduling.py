@@ -1,16 +1,12 @@
-"""Memory and schedule through the real server: small pools, full queues, deadlines, priorities, several answers."""
+"""Memory and schedule through the real server: small pools, aborts, many at once, shared prompts, several answers."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import queue
 import random
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -18,23 +14,19 @@ import msgspec
 import psutil
 import pytest
 import tritonclient.grpc as grpcclient
+from engine_session import Answer, session_of, take
 from lone_judge import TOP_K, Given, LoneJudge
 from pagoda import protocol as wire
-from pagoda.client import RequestStream, Session
-from pagoda.errors import Overloaded
+from pagoda.client import Session
 from pagoda.request import MAX_PREEMPTIONS
 from pagoda.sampling_params import SamplingParams
 from pagoda.server import store
 from pagoda.text.tokenizer import Tokenizer
-from pagoda.triton_client import GrpcSession, Triton
 from service import MODEL, Service, running, wait_for, write_model
 from test_text_contract import tensor
-from tritonclient.utils import InferenceServerException
 
 POOL = "pool"
 """40 small blocks, which a few of its requests fill, and steps of 48 tokens, so that prompts come in chunks."""
-QUEUE = "queue"
-"""One request at a time, and a queue of two requests or 200 tokens."""
 INVARIANT = "invariant"
 """A pool of 40 blocks."""
 
@@ -45,71 +37,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     write_model(repository, MODEL, kv_cache_gib="1.0")
     small = {"num_kv_blocks": "40", "block_size": "8", "max_num_seqs": "40", "max_num_batched_tokens": "48"}
     write_model(repository, POOL, max_model_len="320", **small)
-    write_model(
-        repository,
-        QUEUE,
-        max_model_len="2048",
-        max_num_seqs="1",
-        max_num_queued_requests="2",
-        max_num_queued_tokens="200",
-        kv_cache_gib="0.2",
-    )
     write_model(repository, INVARIANT, max_model_len="512", batch_invariant="true", num_kv_blocks="40")
     with running(repository, tmp_path_factory.mktemp("service")) as started:
         yield started
-
-
-@asynccontextmanager
-async def session_of(service: Service, model: str) -> AsyncIterator[Session]:
-    """A session of our own with the engine, as the frontend's workers have."""
-    triton = Triton(service.instance.grpc_address, service.instance.secret)
-    transport = GrpcSession(triton, model, "test")
-    task = asyncio.create_task(transport.run())
-    try:
-        await transport.session.wait_ready(30)
-        yield transport.session
-    finally:
-        await transport.close("the test is over")
-        await task
-        await triton.close()
-
-
-@dataclass
-class Answer:
-    given: Given
-    finish_reasons: list[str] = field(default_factory=list)
-    aborted: bool = False
-
-    @property
-    def token_ids(self) -> list[int]:
-        return list(self.given.token_ids)
-
-
-async def take(
-    stream: RequestStream,
-    prompt_ids: Sequence[int] = (),
-    keep: int | None = None,
-    temperature: float = 0,
-    seed: int = 0,
-) -> Answer:
-    """Read a stream to its end, or abort it once it has given `keep` tokens."""
-    tokens: list[int] = []
-    answer = Answer(Given(prompt_ids, tokens, temperature, seed))
-    if keep == 0:
-        await asyncio.sleep(0.05)
-        stream.abort("client_gone")
-        answer.aborted = True
-        return answer
-    async for output in stream:
-        assert output.index == len(tokens), "tokens are lost or come twice"
-        tokens += output.token_ids
-        if output.finish_reason is not None:
-            answer.finish_reasons.append(output.finish_reason)
-        if keep is not None and len(tokens) >= keep and output.finish_reason is None:
-            stream.abort("client_gone")
-            answer.aborted = True
-            break
-    return answer
 
 
 async def test_300_drawn_requests_over_a_pool_that_preempts(service: Service) -> None:
@@ -245,128 +175,6 @@ async def test_1000_requests_at_once(service: Service) -> None:
 def _memory(service: Service) -> dict[int, int]:
     """Resident bytes by process."""
     return {pid: psutil.Process(pid).memory_info().rss for pid in service.pids(".")}
-
-
-@dataclass
-class Busy:
-    """Somebody who keeps the one-at-a-time model busy."""
-
-    session: Session
-    stream: RequestStream
-
-    async def end(self) -> None:
-        self.stream.abort("client_gone")
-        await asyncio.sleep(0)
-
-
-@asynccontextmanager
-async def busy(service: Service) -> AsyncIterator[Busy]:
-    async with session_of(service, QUEUE) as session:
-        (stream,) = session.generate([1], SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True))
-        await anext(aiter(stream))
-        yield Busy(session, stream)
-        stream.abort("client_gone")
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_a_full_queue_refuses_at_once_with_503(service: Service, stream: bool) -> None:
-    params = SamplingParams(max_tokens=2, temperature=0)
-    async with busy(service) as occupied:
-        waiting = [occupied.session.generate([5], params)[0] for _ in range(2)]
-        await asyncio.sleep(0.3)
-        began = time.monotonic()
-        body = {"model": QUEUE, "prompt": "hello", "max_tokens": 2, "stream": stream}
-        async with httpx.AsyncClient(base_url=service.url) as client:
-            response = await client.post("/v1/completions", json=body)
-        assert time.monotonic() - began < 1.0
-        assert response.status_code == 503
-        assert int(response.headers["retry-after"]) >= 1
-        assert response.json()["error"]["code"] == "overloaded"
-        assert "max_num_queued_requests 2" in response.json()["error"]["message"]
-        await occupied.end()
-        assert [(await take(s)).finish_reasons for s in waiting] == [["length"]] * 2
-
-
-def grpc_error(service: Service, model: str, **parameters: Any) -> tuple[str, str]:
-    """Status and message that end a text request's gRPC stream."""
-    ended: queue.Queue[InferenceServerException | None] = queue.Queue()
-    with grpcclient.InferenceServerClient(service.instance.grpc_address) as client:
-        client.start_stream(lambda result, error: ended.put(error), headers={"triton_grpc_error": "true"})
-        inputs = {"text_input": "hello", "sampling_parameters": json.dumps(parameters)}
-        client.async_stream_infer(model, [tensor(name, value, "BYTES") for name, value in inputs.items()])
-        error = ended.get(timeout=20)
-        client.stop_stream(cancel_requests=False)
-    assert error is not None
-    return error.status(), error.message()
-
-
-async def test_a_full_queue_refuses_triton_s_clients_with_unavailable(service: Service) -> None:
-    params = SamplingParams(max_tokens=2, temperature=0)
-    async with busy(service) as occupied:
-        waiting = [occupied.session.generate([5], params)[0] for _ in range(2)]
-        await asyncio.sleep(0.3)
-        began = time.monotonic()
-        status, message = await asyncio.to_thread(grpc_error, service, QUEUE)
-        assert time.monotonic() - began < 1.0
-        assert status == "StatusCode.UNAVAILABLE"
-        assert "max_num_queued_requests 2" in message
-        url = f"{service.instance.http_url}/v2/models/{QUEUE}/generate"
-        async with httpx.AsyncClient() as client:
-            assert message in (await client.post(url, json={"text_input": "hello"})).text
-        await occupied.end()
-        assert [(await take(s)).finish_reasons for s in waiting] == [["length"]] * 2
-
-
-async def test_waiting_tokens_are_bounded(service: Service) -> None:
-    params = SamplingParams(max_tokens=2, temperature=0)
-    async with busy(service) as occupied:
-        (long,) = occupied.session.generate([5] * 300, params)  # alone in the queue it is never too long
-        await asyncio.sleep(0.2)
-        (refused,) = occupied.session.generate([6], params)
-        with pytest.raises(Overloaded, match="max_num_queued_tokens 200"):
-            await take(refused)
-        await occupied.end()
-        assert (await take(long)).finish_reasons == ["length"]
-
-
-async def test_a_lower_priority_number_runs_first(service: Service) -> None:
-    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
-    ended = []
-
-    async def follow(name: str, stream: RequestStream) -> None:
-        await take(stream)
-        ended.append(name)
-
-    async with busy(service) as occupied:
-        late = occupied.session.generate([5], params, priority=1)[0]
-        await asyncio.sleep(0.1)
-        early = occupied.session.generate([6], params, priority=-1)[0]
-        await asyncio.sleep(0.3)
-        await occupied.end()
-        await asyncio.gather(follow("late", late), follow("early", early))
-    assert ended == ["early", "late"]
-
-
-def test_a_timeout_ends_a_request_by_504_and_its_stream_by_an_error(service: Service) -> None:
-    body = {"model": MODEL, "prompt": "Count:", "max_tokens": 4000, "ignore_eos": True, "timeout": 0.7}
-    began = time.monotonic()
-    response = httpx.post(f"{service.url}/v1/completions", json=body, timeout=30)
-    assert response.status_code == 504
-    assert response.json()["error"]["code"] == "deadline_exceeded"
-    assert "timeout of 0.7 s" in response.json()["error"]["message"]
-    assert time.monotonic() - began < 3
-    with httpx.stream("POST", f"{service.url}/v1/completions", json={**body, "stream": True}, timeout=30) as streamed:
-        assert streamed.status_code == 200
-        lines = [line for line in streamed.iter_lines() if line]
-    assert "deadline_exceeded" in lines[-2]
-    assert lines[-1] == "data: [DONE]"
-    wait_for(service.is_idle, 5, "the blocks to be free")
-
-
-def test_a_timeout_ends_a_text_request_too(service: Service) -> None:
-    status, message = grpc_error(service, MODEL, max_tokens=4000, ignore_eos=True, timeout=0.5)
-    assert status == "StatusCode.UNAVAILABLE"
-    assert "timeout of 0.5 s" in message
 
 
 def test_only_the_same_salt_finds_a_prompt_again(service: Service) -> None:
