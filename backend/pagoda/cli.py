@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import tempfile
@@ -146,7 +147,7 @@ def _run(settings: service.ServeSettings) -> None:
 def _curl_line(url: str, model: str, api_key: str | None) -> str:
     key = " -H 'authorization: Bearer ...'" if api_key else ""
     body = json.dumps({"model": model, "messages": QUESTION, "temperature": 0})
-    return f"curl -s {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'\n"
+    return f"curl -s {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}\n"
 
 
 def _prove(url: str, model: str, api_key: str | None, began: float) -> None:
