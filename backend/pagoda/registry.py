@@ -181,7 +181,8 @@ class Registry:
 
     def _leave(self, name: str, entry: Entry) -> None:
         """An unload was asked for: no new requests; those in flight get the grace, then end with a reason."""
-        log.info("model %s is being unloaded; %d requests in flight", name, entry.session.num_requests)
+        count = entry.session.num_requests  # of this process; the supervisor, whose console shows this, has none
+        log.info("model %s is being unloaded%s", name, f"; {count} requests in flight" if count else "")
         del self._entries[name]
         self._leaving.add(entry)
         entry.session.stop_writing(UNLOADING)

@@ -247,6 +247,16 @@ def check_length(num_prompt_tokens: int, params: SamplingParams, *, max_model_le
     return wanted
 
 
+def check_least_length(at_least: int, *, max_model_len: int) -> None:
+    """Of a text that has not been tokenized, whose tokens are known to be `at_least` so many. Raises InvalidRequest."""
+    if at_least >= max_model_len:
+        raise InvalidRequest(
+            f"the prompt has at least {at_least} tokens; the model's context of {max_model_len} tokens is passed by "
+            f"{at_least - max_model_len} or more: shorten it",
+            field="prompt",
+        )
+
+
 def num_prompt_reports(num_prompt_tokens: int, params: SamplingParams) -> int:
     """Log-probabilities that a request reports of its prompt's tokens."""
     return 0 if params.prompt_logprobs is None else num_prompt_tokens * (1 + params.prompt_logprobs)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from service import MODEL, Service, running, wait_for, write_model
+from service import MODEL, PAGODA, Service, free_port, running, wait_for, write_model
 from test_faults import Stream, other_client
 
 
@@ -111,6 +111,24 @@ def test_the_end_comes_within_ten_seconds_and_leaves_nothing(own_service: Servic
     assert leftovers(pids, ports, scratch) == []
 
 
+@pytest.mark.parametrize("port", ["grpc", "metrics", "http"])
+def test_a_port_of_tritons_that_is_taken_is_named_before_anything_starts(
+    calm: Service, tmp_path: Path, port: str
+) -> None:
+    address = {"grpc": calm.instance.grpc_address, "metrics": calm.instance.metrics_url, "http": calm.instance.http_url}
+    (taken,) = re.findall(r":(\d+)", address[port] or "")
+    ports = {name: str(free_port()) for name in ("port", "grpc-port", "metrics-port", "http-port")}
+    ports[f"{port}-port"] = taken
+    flags = [text for name, value in ports.items() for text in (f"--{name}", value)]
+    where = ["--model-repository", str(calm.repository), "--run-folder", str(tmp_path / "run")]
+    done = subprocess.run(
+        [PAGODA, "serve", "--triton-http", *where, *flags], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 1
+    assert f"port {taken} cannot be used" in done.stdout
+    assert "tritonserver started" not in done.stdout
+
+
 def test_without_its_supervisor_a_killed_tritonserver_leaves_no_engine(own_service: Service) -> None:
     with other_client(own_service, 4):
         (triton,) = own_service.pids("bin/tritonserver")
@@ -121,6 +139,16 @@ def test_without_its_supervisor_a_killed_tritonserver_leaves_no_engine(own_servi
             wait_for(lambda: not any(alive(pid) for pid in below), 5, "the stub and the engine to end")
         finally:
             own_service.process.send_signal(signal.SIGCONT)
+
+
+def test_a_killed_supervisor_takes_all_with_it_and_the_next_one_sweeps(own_service: Service) -> None:
+    pids, ports, scratch = tree(own_service), ports_of(own_service), Path(own_service.instance.scratch)
+    own_service.process.kill()
+    wait_for(lambda: not any(alive(pid) for pid in pids), 10, "all below it to end")
+    assert leftovers([], ports, Path("/nowhere")) == []
+    assert scratch.exists()
+    with running(own_service.repository, own_service.run_folder.parent):
+        assert leftovers([], [], scratch) == []
 
 
 def alive(pid: int) -> bool:

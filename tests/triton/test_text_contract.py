@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as grpcclient
 from pagoda import protocol as wire
@@ -67,6 +68,16 @@ def asking(parameters: dict[str, Any], *shown: str, stream: bool = False) -> lis
         tensor("stream", stream, "BOOL"),
         *(tensor(name, True, "BOOL") for name in shown),
     ]
+
+
+def test_a_text_far_too_long_is_refused_before_it_takes_memory(calm: Service) -> None:
+    def held() -> int:
+        return sum(int(psutil.Process(pid).memory_info().rss) for pid in calm.pids("pagoda.text.worker"))
+
+    before = held()
+    (error,) = infer(calm, [tensor("text_input", "x " * (4 << 20), "BYTES")])
+    assert "the prompt has at least" in str(error)
+    assert held() - before < 2**28
 
 
 def test_streaming_gives_deltas_and_final_rides_the_last(calm: Service) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ from pagoda.triton_client import RESTRICTED, SECRET_NAME
 
 log = logging.getLogger("pagoda.supervisor")
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
 HEARTBEAT_TIMEOUT = 10.0
 """Seconds without a heartbeat after which a frontend worker counts as frozen."""
 
@@ -34,7 +38,6 @@ class TritonServer:
         self._settings = settings
         self._scratch = scratch
         self._secret = secret
-        self._region_prefix = scratch.name
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -58,6 +61,7 @@ class TritonServer:
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
 
     def _command(self) -> list[str]:
@@ -74,7 +78,7 @@ class TritonServer:
             str(self._runtime.binary),
             f"--model-repository={s.model_repository.resolve()}",
             f"--backend-directory={self._runtime.backends}",
-            f"--backend-config=python,shm-region-prefix-name={self._region_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self._scratch.name}",
             "--model-control-mode=explicit",
             "--load-model=*",
             "--exit-on-error=false",
@@ -105,12 +109,22 @@ class TritonServer:
 
     def sweep(self) -> None:
         """Remove the group's shared-memory regions, sockets and locks."""
-        for region in Path("/dev/shm").glob(f"{self._region_prefix}*"):
-            region.unlink(missing_ok=True)
+        sweep_regions(self._scratch)
         for folder in self._scratch.glob("server-*"):
             for file in folder.iterdir():
                 file.unlink(missing_ok=True)
             folder.rmdir()
+
+
+def _die_with_parent() -> None:
+    """In the child, before it is tritonserver, which watches nobody: have the kernel kill it when we are gone."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def sweep_regions(scratch: Path) -> None:
+    """Remove the shared-memory regions of a tritonserver that is gone."""
+    for region in Path("/dev/shm").glob(f"{scratch.name}*"):
+        region.unlink(missing_ok=True)
 
 
 class FrontendWorker:

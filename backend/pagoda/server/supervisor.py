@@ -26,8 +26,8 @@ from pathlib import Path
 
 from pagoda.errors import ConfigError
 from pagoda.registry import LOST_SILENCE, Registry
-from pagoda.server.processes import FrontendWorker, TritonServer
-from pagoda.server.settings import Instance, ServeSettings, holding, instance_file, write_instance
+from pagoda.server.processes import FrontendWorker, TritonServer, sweep_regions
+from pagoda.server.settings import Instance, ServeSettings, holding, instance_file, read_instance, write_instance
 from pagoda.server.triton_runtime import assemble
 from pagoda.triton_client import Triton
 
@@ -56,6 +56,9 @@ class Supervisor:
     async def run(self) -> None:
         """Serve until a signal. Raises ConfigError when the service cannot start."""
         with holding(self.settings.run_folder):
+            if (killed := read_instance(self.settings.run_folder)) is not None:
+                sweep_regions(Path(killed.scratch))
+                shutil.rmtree(killed.scratch, ignore_errors=True)
             await self._run()
 
     async def _run(self) -> None:
@@ -70,7 +73,8 @@ class Supervisor:
 
     async def _serve(self) -> None:
         with self._listen() as listener:
-            for port in (self.settings.grpc_port, self.settings.metrics_port):
+            s = self.settings
+            for port in (s.grpc_port, s.metrics_port, *([s.http_port] if s.triton_http else [])):
                 _check_port(port)
             self.triton = TritonServer(assemble(self._scratch / "triton"), self.settings, self._scratch, self.secret)
             self._client = Triton(f"127.0.0.1:{self.settings.grpc_port}", self.secret)

@@ -114,7 +114,7 @@ class TextWorker:
 
     async def _answer(self, request: TextRequest) -> None:
         parameters = parse_parameters(request, self.tokenizer)
-        prompt_ids = await asyncio.to_thread(self.tokenizer.encode, request.text)
+        prompt_ids = await self._encode(request.text)
         self._check(prompt_ids, parameters)
         replies = Replies(request, parameters, self.tokenizer, len(prompt_ids))
         streams = self.session.generate(
@@ -136,6 +136,13 @@ class TextWorker:
         finally:
             for stream in streams:
                 stream.abort("client_gone")
+
+    async def _encode(self, text: str) -> list[int]:
+        """Raises InvalidRequest, for a text far too long before it is tokenized: that takes 100 times its memory."""
+        if (facts := self.session.facts) is not None:
+            at_least = await asyncio.to_thread(self.tokenizer.min_tokens, text)
+            sampling_params.check_least_length(at_least, max_model_len=facts.max_model_len)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
 
     async def _beside(self, parameters: TextParameters, word: Callable[[T], TextReply], news: T) -> TextReply:
         """A prompt's log-probabilities may be many, and others' requests must not wait until they are worded."""
