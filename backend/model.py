@@ -40,6 +40,10 @@ class TritonPythonModel:
     @staticmethod
     def auto_complete_config(auto_complete_model_config):
         """Both contracts are in every model's configuration; a config.pbtxt needs only parameters."""
+        if batch := auto_complete_model_config.as_dict()["max_batch_size"]:
+            raise pb_utils.TritonModelException(
+                f"max_batch_size {batch}: the engine batches by itself, by max_num_seqs; leave max_batch_size out"
+            )
         for name, (data_type, dims) in INPUTS.items():
             auto_complete_model_config.add_input({"name": name, "data_type": data_type, "dims": dims, "optional": True})
         for name, (data_type, dims) in OUTPUTS.items():

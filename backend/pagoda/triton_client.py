@@ -89,6 +89,8 @@ class Triton:
 def _own_words(reason: str) -> str:
     """What our backend raised, when that is the reason, without the class, file and line that Triton puts around it."""
     raised = re.search(r"TritonModelException: (.*?)\s+At:\s", reason, re.DOTALL)
+    if reason.endswith("failed to poll from model repository"):
+        return f"{reason}: its config.pbtxt is missing or cannot be used; tritonserver.log says why"
     return raised[1] if raised else reason
 
 

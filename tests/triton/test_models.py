@@ -16,7 +16,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 from pagoda.server import store
 from pagoda.triton_client import SECRET_HEADER
-from service import MODEL, Service, running, wait_for, write_model
+from service import MODEL, PAGODA, Service, free_port, running, wait_for, write_model
 from test_parameters import post
 from unit.test_gguf_checkpoint import write_tiny_gguf
 
@@ -63,22 +63,48 @@ def test_the_engines_see_what_the_service_does_and_tritonserver_no_gpu(calm: Ser
 
 
 @pytest.mark.parametrize(
-    ("group", "reason"),
+    ("line", "reason"),
     [
-        ("kind: KIND_MODEL", ""),
-        ("count: 2", "instance_group asks for 2 instances, and one engine serves all requests of a model: write"),
+        ("instance_group [{ kind: KIND_MODEL }]", ""),
+        (
+            "max_batch_size: 8",
+            "max_batch_size 8: the engine batches by itself",
+        ),
+        (
+            "instance_group [{ count: 2 }]",
+            "instance_group asks for 2 instances, and one engine serves",
+        ),
     ],
 )
-def test_a_model_has_one_instance(calm: Service, group: str, reason: str) -> None:
+def test_a_model_has_one_instance_that_batches_by_itself(calm: Service, line: str, reason: str) -> None:
     write_model(calm.repository, "grouped", kv_cache_gib="0.01", max_model_len="64")
     with open(calm.repository / "grouped" / "config.pbtxt", "a") as file:
-        file.write(f"instance_group [{{ {group} }}]\n")
+        file.write(f"{line}\n")
     try:
         said = load(calm, "grouped")
         assert (reason in said) if reason else said == "", said
         load(calm, "grouped", "unload")
     finally:
         shutil.rmtree(calm.repository / "grouped")
+
+
+def test_a_repository_of_which_nothing_can_be_read_is_refused_with_the_reasons(tmp_path: Path) -> None:
+    for name, config in (("broken", "backend = pagoda"), ("renamed", 'name: "other" backend: "pagoda"')):
+        (tmp_path / "models" / name / "1").mkdir(parents=True)
+        (tmp_path / "models" / name / "config.pbtxt").write_text(config)
+    (tmp_path / "models" / "bare").mkdir()
+    (tmp_path / "models" / "bare" / "config.pbtxt").write_text('backend: "pagoda"')
+    command = [PAGODA, "serve", "--model-repository", str(tmp_path / "models"), "--run-folder", str(tmp_path / "run")]
+    ports = [text for name in ("port", "grpc-port", "metrics-port") for text in (f"--{name}", str(free_port()))]
+    done = subprocess.run([*command, *ports], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    said = " ".join(done.stdout.split())
+    for reason in (
+        "no model could be loaded: bare: at least one version must be available",
+        "broken: failed to read text proto from",
+        "renamed: unexpected directory name 'renamed' for model 'other', directory name must equal model name",
+    ):
+        assert reason in said
 
 
 def configuration(service: Service, name: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -23,8 +22,9 @@ from pagoda.triton_client import RESTRICTED, SECRET_NAME
 
 log = logging.getLogger("pagoda.supervisor")
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
+FOLLOWING = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+"""Becomes another program, tritonserver, say, that watches nobody: with PR_SET_PDEATHSIG the kernel kills it when its
+parent is gone. Within `subprocess` it would take a fork, with gRPC's threads in it."""
 
 HEARTBEAT_TIMEOUT = 10.0
 """Seconds without a heartbeat after which a frontend worker counts as frozen."""
@@ -38,7 +38,13 @@ class TritonServer:
         self._settings = settings
         self._scratch = scratch
         self._secret = secret
+        self._log = settings.logs / "tritonserver.log"
+        self._log_start = 0
         self._process: subprocess.Popen[bytes] | None = None
+
+    def said(self) -> str:
+        """Its log since it was started last."""
+        return self._log.read_bytes()[self._log_start :].decode(errors="replace")
 
     @property
     def pid(self) -> int:
@@ -52,7 +58,8 @@ class TritonServer:
         environment = {**self._runtime.environment, "PAGODA_RUNTIME_DIR": str(self._scratch)}
         if self._settings.hide_gpus:
             environment = gpus.hidden(environment)
-        with open(self._settings.logs / "tritonserver.log", "ab") as log_file:
+        with open(self._log, "ab") as log_file:
+            self._log_start = log_file.tell()
             self._process = subprocess.Popen(
                 self._command(),
                 env=environment,
@@ -61,7 +68,6 @@ class TritonServer:
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def _command(self) -> list[str]:
@@ -75,6 +81,7 @@ class TritonServer:
         configs = ["--disable-auto-complete-config"] if s.configs_are_complete else []
         pinned = ["--pinned-memory-pool-byte-size=0"] if s.hide_gpus else []  # of no use without a GPU
         return [
+            *(sys.executable, "-I", "-S", "-c", FOLLOWING),
             str(self._runtime.binary),
             f"--model-repository={s.model_repository.resolve()}",
             f"--backend-directory={self._runtime.backends}",
@@ -114,11 +121,6 @@ class TritonServer:
             for file in folder.iterdir():
                 file.unlink(missing_ok=True)
             folder.rmdir()
-
-
-def _die_with_parent() -> None:
-    """In the child, before it is tritonserver, which watches nobody: have the kernel kill it when we are gone."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def sweep_regions(scratch: Path) -> None:

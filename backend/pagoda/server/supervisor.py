@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -92,6 +93,7 @@ class Supervisor:
                 await self._first_model()
                 if not self._stop.is_set():
                     self._announce(self)
+                    self._report(self._unread())
                 await self._watch()
             finally:
                 watch.cancel()
@@ -148,9 +150,11 @@ class Supervisor:
             if self.triton.exit_status is not None:
                 tail = _tail(self.settings.logs / "tritonserver.log")
                 raise ConfigError(f"tritonserver ended with status {self.triton.exit_status} while it started:\n{tail}")
-            if self.registry.failed and not list(self.registry) and self.registry.is_connected:
-                reasons = "\n".join(f"  {name}: {reason}" for name, reason in self.registry.failed.items())
-                raise ConfigError(f"no model could be loaded:\n{reasons}")
+            if self.registry.is_connected and not list(self.registry):
+                failed = {**self._unread(), **self.registry.failed}
+                if failed:
+                    reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
+                    raise ConfigError(f"no model could be loaded:\n{reasons}")
             await asyncio.sleep(0.05)
 
     def _workers_ready(self) -> bool:
@@ -170,15 +174,15 @@ class Supervisor:
                     worker.start()
             if trouble := self._triton_trouble():
                 await self._restart_triton(trouble)
-            self._report_failed()
+            self._report(self.registry.failed)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), WATCH_INTERVAL)
 
-    def _report_failed(self) -> None:
+    def _report(self, failed: dict[str, str]) -> None:
         """Beside models that serve, one that could not be loaded is easily overlooked."""
-        for name, reason in self.registry.failed.items() - self._reported:
+        for name, reason in failed.items() - self._reported:
             log.error("model %s could not be loaded: %s", name, reason)
-        self._reported = set(self.registry.failed.items())
+        self._reported = set(failed.items())
 
     def _triton_trouble(self) -> str | None:
         if self.triton.exit_status is not None:
@@ -187,6 +191,15 @@ class Supervisor:
             if entry.session.seconds_silent > LOST_SILENCE - 1:
                 return f"the stub of model {name} gave no sign of life for {entry.session.seconds_silent:.0f} s"
         return None
+
+    def _unread(self) -> dict[str, str]:
+        """Folders that tritonserver made no model of, and why. It gives them no state and no reason: its log does."""
+        said, found = self.triton.said(), {}
+        for folder in sorted(self.settings.model_repository.iterdir()):
+            about = rf"(?:model directory|failed to load model) '{re.escape(folder.name)}': (.*?)\"?$"
+            for reason in re.findall(about, said, re.MULTILINE):
+                found[folder.name] = reason
+        return found
 
     async def _restart_triton(self, trouble: str) -> None:
         lived = time.monotonic() - self._triton_started
