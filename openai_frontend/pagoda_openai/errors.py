@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from pagoda.errors import EngineFailure, PagodaError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 log = logging.getLogger("pagoda.openai")
@@ -76,12 +76,16 @@ def install(app: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
+    async def client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # for the log and the count alone: the server drops what nobody can read
+
     async def unforeseen(request: Request, error: Exception) -> Response:
         log.exception("a request failed by an unexpected error", exc_info=error)
         return response(EngineFailure("the server failed; its log has the reason under this request's id"))
 
     app.add_exception_handler(PagodaError, pagoda_error)
     app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(Exception, unforeseen)
 
 
