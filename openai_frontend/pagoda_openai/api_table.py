@@ -34,8 +34,10 @@ def tables() -> str:
             "### `/v1/chat/completions` alone\n",
             _table(ChatRequest, _own_fields(ChatRequest)),
             "### Refused unless they ask for nothing\n",
-            f"{_names(NEUTRAL)}; of these, `best_of` and `echo` are served by `/v1/completions`, `top_logprobs` by "
-            "`/v1/chat/completions`.\n",
+            f"{_names(NEUTRAL)}; of these, `best_of` and `echo` are served by `/v1/completions`, `top_logprobs` and "
+            "`max_completion_tokens` by `/v1/chat/completions`. In `stream_options`, `continuous_usage_stats` is "
+            "refused alike. Null asks for nothing, as does what is done anyway: `add_special_tokens` is true in "
+            "completions and false in chats, `truncation_side` is `left`, `include_reasoning` true.\n",
             "### Taken and without effect\n",
             f"{_names(sorted(IGNORED))}.\n",
         ]

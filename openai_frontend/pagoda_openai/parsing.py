@@ -12,10 +12,11 @@ from starlette.requests import Request
 
 from pagoda_openai.errors import BodyTooLarge, UnsupportedEncoding
 from pagoda_openai.refused import IGNORED, NEUTRAL, check_refused, excerpt
+from pagoda_openai.requests import SamplingFields
 
 log = logging.getLogger("pagoda.openai")
 
-T = TypeVar("T")
+T = TypeVar("T", bound=SamplingFields)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -40,7 +41,7 @@ def parse(body: bytes, kind: type[T]) -> T:
     known = _field_names(kind)
     for name, raw in fields.items():
         if name not in known:
-            _check_other(name, raw)
+            _check_other(name, raw, kind)
     request: T = _decode(body, kind, fields)
     return request
 
@@ -71,8 +72,8 @@ def _field_of(message: str) -> str | None:
     return re.sub(r"^\$\.?", "", quoted[-1]).partition(".")[0].partition("[")[0] or None
 
 
-def _check_other(name: str, raw: msgspec.Raw) -> None:
+def _check_other(name: str, raw: msgspec.Raw, kind: type[SamplingFields]) -> None:
     if name in NEUTRAL:
-        check_refused(name, _decode(bytes(raw), Any, {}))
+        check_refused(name, _decode(bytes(raw), Any, {}), kind.neutral.get(name, NEUTRAL[name]))
     elif name not in IGNORED:
         log.warning("a request's unknown field is ignored", extra={"field": name[:100]})

@@ -37,20 +37,43 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "service_tier": ("auto", "default"),
+    "max_completion_tokens": (),
+    "add_special_tokens": (),
+    "truncation_side": ("left",),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "prompt_embeds": ("", []),
+    "logits_processors": ([],),
+    "guided_decoding_backend": ("",),
+    "guided_whitespace_pattern": (),
+    "structural_tag": ("",),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "kv_transfer_params": ({},),
+    "vllm_xargs": ({},),
+    "request_id": ("",),
 }
 """The fields, with the values that ask for nothing; null does so for each. What an endpoint serves is not refused."""
+
+INSTEAD = {
+    "max_completion_tokens": "send max_tokens instead",
+    "request_id": "send it as the header X-Request-Id instead",
+}
+"""What to do where leaving the field out is not all there is to say."""
 
 IGNORED = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key"})
 """Fields that change nothing about the answer."""
 
 
-def check_refused(name: str, value: Any) -> None:
-    """Raises InvalidRequest for a field of `NEUTRAL` that asks for something."""
-    if value is not None and not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+def check_refused(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    """Raises InvalidRequest for a field that asks for something: for a value that is neither null nor `neutral`."""
+    if value is not None and not any(_same(value, nothing) for nothing in neutral):
         if name in GUIDED:
             raise guided_refusal(name)
         given = excerpt(msgspec.json.encode(value))
-        raise InvalidRequest(f"{name} is not available here, and was given as {given}: leave it out", field=name)
+        remedy = INSTEAD.get(name, "leave it out")
+        raise InvalidRequest(f"{name} is not available here, and was given as {given}: {remedy}", field=name)
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -6,7 +6,7 @@ in `pagoda.sampling_params.RANGES`, where the engine checks them too. Null is th
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from pagoda import sampling_params as bounds
@@ -44,10 +44,15 @@ MODEL_DEFAULT = "the model's generation_config.json, else {}"
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
+    continuous_usage_stats: Any = None
+    """Refused unless it is false."""
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
     """What both endpoints share."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Values that ask for nothing on this endpoint alone, for fields of `refused.NEUTRAL`."""
 
     model: Annotated[str, openai("The model's name, as /v1/models lists it.")]
     stream: Annotated[bool | None, openai("Answer by server-sent events as tokens come.", default="false")] = None
@@ -173,14 +178,24 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 
     @property
     def include_usage(self) -> bool:
-        """Raises InvalidRequest for stream options without a stream."""
-        if self.stream_options is not None and not self.streams:
+        """Raises InvalidRequest for stream options without a stream, or not available."""
+        if self.stream_options is None:
+            return False
+        if not self.streams:
             raise InvalidRequest("stream_options is allowed only when stream is true", field="stream_options")
-        return self.stream_options is not None and self.stream_options.include_usage
+        if self.stream_options.continuous_usage_stats not in (None, False):
+            raise InvalidRequest(
+                "stream_options.continuous_usage_stats is not available here: send include_usage for the usage at the "
+                "stream's end",
+                field="stream_options",
+            )
+        return self.stream_options.include_usage
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
     """POST /v1/completions."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,)}
 
     prompt: Annotated[
         str | list[str | int | list[int]],
@@ -243,6 +258,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
 class ChatRequest(SamplingFields, kw_only=True):
     """POST /v1/chat/completions."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (False,)}
 
     messages: Annotated[
         list[ChatMessage],

@@ -12,6 +12,8 @@ from frontend.fake_engine import FakeEngine
 from pagoda import protocol as wire
 from pagoda.sampling_params import SamplingParams, Structure
 from pagoda.text.tokenizer import Tokenizer
+from pagoda_openai.refused import NEUTRAL
+from pagoda_openai.requests import ChatRequest, CompletionRequest
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -259,6 +261,25 @@ REFUSED = [
     (TEXT, {"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     (TEXT, {"use_beam_search": True}, "use_beam_search"),
     (CHAT, {"audio": {}}, "audio"),
+    (TEXT, {"add_special_tokens": False}, "add_special_tokens"),
+    (CHAT, {"add_special_tokens": True}, "add_special_tokens"),
+    (CHAT, {"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
+    (TEXT, {"return_token_ids": True}, "return_token_ids"),
+    (TEXT, {"prompt_embeds": "QUJD"}, "prompt_embeds"),
+    (CHAT, {"logits_processors": ["a.b"]}, "logits_processors"),
+    (TEXT, {"truncation_side": "right"}, "truncation_side"),
+    (CHAT, {"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
+    (CHAT, {"guided_whitespace_pattern": ""}, "guided_whitespace_pattern"),
+    (CHAT, {"structural_tag": "{}"}, "structural_tag"),
+    (TEXT, {"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params"),
+    (TEXT, {"vllm_xargs": {"a": 1}}, "vllm_xargs"),
+    (CHAT, {"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
+    (CHAT, {"media_io_kwargs": {"video": {}}}, "media_io_kwargs"),
+    (CHAT, {"include_reasoning": False}, "include_reasoning"),
+    (TEXT, {"request_id": "a"}, "request_id"),
+    (TEXT, {"max_completion_tokens": 5}, "max_completion_tokens"),
+    (TEXT, {"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
+    (CHAT, {"stream": True, "stream_options": {"continuous_usage_stats": "yes"}}, "stream_options"),
     (CHAT, {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "assistant", "content": "a", "function_call": {"name": "b"}}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages"),
@@ -284,6 +305,24 @@ async def test_bad_values_are_refused_by_name(
 async def test_asking_for_nothing_is_not_refused(engine: FakeEngine, name: str) -> None:
     assert (await engine.post(CHAT, messages=MESSAGES, **{name: None})).status_code == 200
     assert (await engine.post(CHAT, messages=MESSAGES, tools=[], use_beam_search=False, length_penalty=1.0)).is_success
+
+
+@pytest.mark.parametrize(("path", "base"), [(TEXT, {"prompt": "The"}), (CHAT, {"messages": MESSAGES})])
+async def test_every_refused_field_has_values_that_ask_for_nothing(
+    engine: FakeEngine, path: str, base: dict[str, Any]
+) -> None:
+    plain = {"add_special_tokens": path == TEXT, "stream_options": {"continuous_usage_stats": False}, "stream": True}
+    assert (await engine.post(path, **base, **plain)).is_success
+    served = (CompletionRequest if path == TEXT else ChatRequest).__struct_fields__
+    for name, values in NEUTRAL.items():
+        for value in (None, *values) if name not in served else ():
+            answer = await engine.post(path, **base, **{name: value})
+            assert answer.is_success, (name, value, answer.text)
+
+
+async def test_a_refusal_says_what_to_send_instead(engine: FakeEngine) -> None:
+    error = (await engine.post(TEXT, prompt="The", max_completion_tokens=5)).json()["error"]
+    assert "send max_tokens instead" in error["message"]
 
 
 async def test_an_answer_may_be_sent_back_as_the_client_holds_it(engine: FakeEngine) -> None:
