@@ -6,7 +6,7 @@ in `pagoda.sampling_params.RANGES`, where the engine checks them too. Null is th
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from pagoda import sampling_params as bounds
@@ -18,6 +18,8 @@ MAX_PROMPTS = 256
 """Prompts in one completion request."""
 MAX_MESSAGES = 2048
 """Messages in one conversation."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who speaks a message."""
 
 
 def openai(meaning: str, allowed: str = "", default: str = "") -> msgspec.Meta:
@@ -229,9 +231,19 @@ class TextPart(msgspec.Struct, frozen=True):
     type: str
     text: str | None = None
 
+    def shown(self, where: str) -> str:
+        """The part's text. Raises InvalidRequest, saying `where`, for a part that is none."""
+        if self.type != "text":
+            raise InvalidRequest(
+                f"{where} is of type {self.type[:40]!r}: only parts of type 'text' are available here", field="messages"
+            )
+        if self.text is None:
+            raise InvalidRequest(f"{where} is of type 'text' and has no text: give it one", field="messages")
+        return self.text
+
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: list[Any] | None = None
@@ -239,7 +251,10 @@ class ChatMessage(msgspec.Struct, frozen=True):
     audio: Any = None
 
     def text(self, where: str) -> str:
-        """The message's text. Raises InvalidRequest, saying `where`, for what is not text."""
+        """The message's text. Raises InvalidRequest, saying `where`, for what is not text, or of no known role."""
+        if self.role not in ROLES:
+            allowed = ", ".join(map(repr, ROLES))
+            raise InvalidRequest(f"{where}.role must be one of {allowed}; not {self.role[:40]!r}", field="messages")
         for name in ("tool_calls", "function_call", "audio"):
             if getattr(self, name):
                 raise InvalidRequest(f"{where}.{name} is not available here: send messages of text", field="messages")
@@ -247,13 +262,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
             raise InvalidRequest(f"{where}, of the {self.role}, has no content: give it a text", field="messages")
         if isinstance(self.content, str):
             return self.content
-        for part in self.content:
-            if part.type != "text" or part.text is None:
-                raise InvalidRequest(
-                    f"{where}.content has a part of type {part.type[:40]!r}: only 'text' with a text is available",
-                    field="messages",
-                )
-        return "".join(part.text or "" for part in self.content)
+        return "".join([part.shown(f"{where}.content[{i}]") for i, part in enumerate(self.content)])
 
 
 class ChatRequest(SamplingFields, kw_only=True):

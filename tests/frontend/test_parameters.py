@@ -337,6 +337,30 @@ async def test_a_refused_message_is_named_by_its_place(engine: FakeEngine) -> No
     assert f"messages[{len(MESSAGES)}].tool_calls is not available" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            {"role": "bogus", "content": "a"},
+            "messages[1].role must be one of 'system', 'developer', 'user', 'assistant', 'tool'; not 'bogus'",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text"}]},
+            "messages[1].content[1] is of type 'text' and has no text: give it one",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
+            "messages[1].content[0] is of type 'image_url': only parts of type 'text' are available here",
+        ),
+    ],
+)
+async def test_a_message_that_is_no_text_is_told_what_it_lacks(
+    engine: FakeEngine, message: dict[str, Any], said: str
+) -> None:
+    error = (await engine.post(CHAT, messages=[*MESSAGES, message])).json()["error"]
+    assert (error["message"], error["param"]) == (said, "messages")
+
+
 async def test_a_type_error_shows_the_value(engine: FakeEngine) -> None:
     error = (await engine.post(TEXT, prompt="The", temperature="hot")).json()["error"]
     assert error["param"] == "temperature"
