@@ -227,20 +227,20 @@ def check_request(*, n: int = 1, priority: int = 0, timeout: float | None = None
     _check_size("cache_salt", len(cache_salt), MAX_SALT_CHARS, "characters")
 
 
-def check_length(num_prompt_tokens: int, params: SamplingParams, *, max_model_len: int) -> int:
-    """The request's token limit, `max_tokens` or what is left of the context.
+def check_length(num_prompt_tokens: int, params: SamplingParams, *, max_model_len: int, field: str = "prompt") -> int:
+    """The request's token limit, `max_tokens` or what is left of the context. `field` is the one of the prompt.
 
     Raises InvalidRequest that says by how much prompt and output pass the context, or what makes the answer too large.
     """
     if num_prompt_tokens < 1:
-        raise InvalidRequest("prompt must hold at least one token, not 0", field="prompt")
+        raise InvalidRequest(f"{field} must hold at least one token, not 0", field=field)
     left = max_model_len - num_prompt_tokens
     wanted = params.max_tokens if params.max_tokens is not None else max(left, 1)
     if wanted > left:
         raise InvalidRequest(
-            f"prompt ({num_prompt_tokens} tokens) and max_tokens ({wanted}) together pass the model's context of "
+            f"{field} ({num_prompt_tokens} tokens) and max_tokens ({wanted}) together pass the model's context of "
             f"{max_model_len} tokens by {wanted - left}: shorten the prompt or lower max_tokens",
-            field="max_tokens" if left > 0 else "prompt",
+            field="max_tokens" if left > 0 else field,
         )
     _check_order(params.min_tokens, wanted)
     check_prompt_reports(num_prompt_tokens, params)

@@ -100,7 +100,7 @@ class Generation:
                 field="n",
             )
         for prompt in prompts:
-            model.check(prompt.ids, ask.params)
+            model.check(prompt, ask.params)
         num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         field = "logprobs" if ask.prompt_logprobs is None else "prompt_logprobs"
         sampling_params.check_prompt_reports(num_prompt_tokens, ask.params, n=ask.n, field=field)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,6 +67,8 @@ class Prompt:
 
     ids: list[int]
     text: str | None = None
+    field: str = "prompt"
+    """The request's field that it came in."""
 
     def last(self, count: int | None) -> Prompt:
         """Its last `count` tokens; all for None. Raises InvalidRequest for a count below 1."""
@@ -76,7 +78,7 @@ class Prompt:
             raise InvalidRequest(
                 f"truncate_prompt_tokens must be at least 1, not {count}", field="truncate_prompt_tokens"
             )
-        return self if count >= len(self.ids) else Prompt(self.ids[-count:])
+        return self if count >= len(self.ids) else replace(self, ids=self.ids[-count:], text=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,37 +98,39 @@ class Model:
         return Prompt(ids, text).last(keep)
 
     def _encode(self, text: str) -> list[int]:
-        self._check_size(self.tokenizer.min_tokens(text))
+        self._check_size(self.tokenizer.min_tokens(text), "prompt")
         return self.tokenizer.encode(text)
 
     async def encode_chat(self, messages: list[dict[str, str]], keep: int | None = None) -> Prompt:
         """A conversation by the model's chat template, or its last `keep` tokens. Raises InvalidRequest."""
         size = sum(len(m["content"]) for m in messages)
         for message in messages if keep is None else []:
-            self._check_size(self.tokenizer.min_tokens(message["content"]))
-        return Prompt(await self._beside(size, self.tokenizer.encode_chat, messages)).last(keep)
+            self._check_size(self.tokenizer.min_tokens(message["content"]), "messages")
+        ids = await self._beside(size, self.tokenizer.encode_chat, messages)
+        return Prompt(ids, field="messages").last(keep)
 
     async def _beside(self, size: int, encode: Callable[[T], list[int]], value: T) -> list[int]:
         return await asyncio.to_thread(encode, value) if size > LONG_TEXT else encode(value)
 
-    def _check_size(self, at_least: int) -> None:
+    def _check_size(self, at_least: int, field: str) -> None:
         limit = self.facts.max_model_len
         if at_least >= limit:
             raise InvalidRequest(
-                f"the prompt has at least {at_least} tokens; the model's context of {limit} tokens is passed by "
-                f"{at_least - limit} or more: shorten it",
-                field="prompt",
+                f"{field} (at least {at_least} tokens) alone would pass the model's context of {limit} tokens by "
+                f"{at_least - limit} or more: send less",
+                field=field,
             )
 
     def shown(self, prompt: Prompt) -> str:
         """The prompt's text: as the client wrote it, else as its tokens read, control tokens and all."""
         return self.tokenizer.decode(prompt.ids, skip_special_tokens=False) if prompt.text is None else prompt.text
 
-    def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """Every rule of the engine's about prompt and parameters, applied here. Raises InvalidRequest."""
         sampling_params.check(params, vocab_size=self.facts.vocab_size)
-        sampling_params.check_prompt(prompt_ids, vocab_size=self.facts.vocab_size)
-        sampling_params.check_length(len(prompt_ids), params, max_model_len=self.facts.max_model_len)
+        sampling_params.check_prompt(prompt.ids, vocab_size=self.facts.vocab_size)
+        limit = self.facts.max_model_len
+        sampling_params.check_length(len(prompt.ids), params, max_model_len=limit, field=prompt.field)
 
 
 async def model_of(frontend: Frontend, name: str) -> Model:

@@ -361,6 +361,17 @@ async def test_a_message_that_is_no_text_is_told_what_it_lacks(
     assert (error["message"], error["param"]) == (said, "messages")
 
 
+@pytest.mark.parametrize("text", ["é" * 260, "Hello" * 20_000], ids=["by its tokens", "before it is tokenized"])
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+async def test_what_is_too_long_is_named_as_the_endpoint_calls_it(engine: FakeEngine, path: str, text: str) -> None:
+    name, value = ("prompt", text) if path == TEXT else ("messages", [{"role": "user", "content": text}])
+    answer = await engine.post(path, **{name: value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, name)
+    assert error["message"].startswith(f"{name} ")
+    assert "context of 512 tokens" in error["message"]
+
+
 async def test_a_type_error_shows_the_value(engine: FakeEngine) -> None:
     error = (await engine.post(TEXT, prompt="The", temperature="hot")).json()["error"]
     assert error["param"] == "temperature"
