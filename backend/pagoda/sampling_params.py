@@ -206,17 +206,20 @@ def _check_bad_words(words: tuple[tuple[int, ...], ...], vocab_size: int) -> Non
 
 
 def _check_structure(params: SamplingParams) -> None:
-    """The structure alone decides what may come and when the output ends."""
-    if params.structure is None:
-        return
-    for field in ("allowed_token_ids", "bad_words", "min_tokens", "ignore_eos"):
-        value = getattr(params, field)
-        if value is not None and value:
-            raise InvalidRequest(
-                f"{field} cannot be combined with structured output, which decides what may come and where it ends: "
-                f"leave one of them out, not {field}={_short(value)}",
-                field=field,
-            )
+    if params.structure is not None:
+        for field in ("allowed_token_ids", "bad_words", "min_tokens", "ignore_eos"):
+            check_beside_structure(field, getattr(params, field))
+
+
+def check_beside_structure(field: str, value: object) -> None:
+    """The structure alone decides what may come and when the output ends. Raises InvalidRequest for a field that asks
+    for something of the kind."""
+    if value is not None and value:
+        raise InvalidRequest(
+            f"{field} cannot be combined with structured output, which decides what may come and where it ends: "
+            f"leave one of them out, not {field}={_short(value)}",
+            field=field,
+        )
 
 
 def check_request(*, n: int = 1, priority: int = 0, timeout: float | None = None, cache_salt: str = "") -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pagoda import sampling_params
 from pagoda.errors import InvalidRequest
-from pagoda.sampling_params import RANGES, SamplingParams, check_range, require
+from pagoda.sampling_params import RANGES, SamplingParams, check_beside_structure, check_range, require
 from pagoda.text.bad_words import bad_word_ids
 from pagoda.text.parameters import check_stops
 from pagoda.text.structured_outputs import structure_of
@@ -113,6 +113,9 @@ def _params(
     asked: SamplingFields, model: Model, max_tokens: int | None, *, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
     base = model.facts.default_params
+    structure = structure_of(asked.response_format, asked.structured_outputs)
+    if structure is not None:  # here the words are still those of the client
+        check_beside_structure("bad_words", asked.bad_words)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=_either(asked.temperature, base.temperature),
@@ -131,7 +134,7 @@ def _params(
         bad_words=bad_word_ids(model.tokenizer, asked.bad_words or ()),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        structure=structure_of(asked.response_format, asked.structured_outputs),
+        structure=structure,
     )
 
 

@@ -10,8 +10,11 @@ import msgspec
 import pytest
 from frontend.fake_engine import FakeEngine
 from pagoda import protocol as wire
+from pagoda.errors import InvalidRequest
 from pagoda.sampling_params import SamplingParams, Structure
+from pagoda.text import parameters as text_parameters
 from pagoda.text.tokenizer import Tokenizer
+from pagoda.text.wire import TextRequest
 from pagoda_openai.refused import NEUTRAL
 from pagoda_openai.requests import ChatRequest, CompletionRequest
 
@@ -370,6 +373,19 @@ async def test_what_is_too_long_is_named_as_the_endpoint_calls_it(engine: FakeEn
     assert (answer.status_code, error["param"]) == (400, name)
     assert error["message"].startswith(f"{name} ")
     assert "context of 512 tokens" in error["message"]
+
+
+async def test_bad_words_beside_a_structure_are_shown_as_words(engine: FakeEngine) -> None:
+    error = (await engine.post(TEXT, prompt="The", bad_words=["Paris"], response_format={"type": "json_object"})).json()
+    assert error["error"]["param"] == "bad_words"
+    assert error["error"]["message"].endswith("leave one of them out, not bad_words=['Paris']")
+
+
+def test_bad_words_beside_a_structure_are_shown_as_words_by_the_text_contract_too(tokenizer: Tokenizer) -> None:
+    raw = json.dumps({"bad_words": ["Paris"], "structured_outputs": {"regex": "a"}})
+    with pytest.raises(InvalidRequest, match=r"not bad_words=\['Paris'\]") as refused:
+        text_parameters.parse(TextRequest(1, "The", False, {}, raw, None, False, False, False), tokenizer)
+    assert refused.value.field == "bad_words"
 
 
 async def test_a_type_error_shows_the_value(engine: FakeEngine) -> None:

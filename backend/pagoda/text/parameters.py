@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pagoda.errors import InvalidRequest
-from pagoda.sampling_params import RANGES, SamplingParams, check_range, check_request, require
+from pagoda.sampling_params import RANGES, SamplingParams, check_beside_structure, check_range, check_request, require
 from pagoda.text.bad_words import bad_word_ids
 from pagoda.text.structured_outputs import structure_of
 from pagoda.text.tokenizer import Tokenizer
@@ -113,9 +113,10 @@ def _logprobs(given: _Given, request: TextRequest, *, ranked: bool) -> int | Non
 
 
 def _sampling(given: _Given, tokenizer: Tokenizer, logprobs: int | None) -> SamplingParams:
-    structure = given.structured_outputs
-    if isinstance(structure, str):
-        structure = _object(structure, "structured_outputs")
+    outputs = given.structured_outputs
+    structure = structure_of(None, _object(outputs, "structured_outputs") if isinstance(outputs, str) else outputs)
+    if structure is not None:  # here the words are still those of the client
+        check_beside_structure("bad_words", given.bad_words)
     return SamplingParams(
         max_tokens=given.max_tokens,
         temperature=given.temperature,
@@ -134,7 +135,7 @@ def _sampling(given: _Given, tokenizer: Tokenizer, logprobs: int | None) -> Samp
         bad_words=bad_word_ids(tokenizer, given.bad_words or ()),
         logprobs=logprobs,
         prompt_logprobs=given.prompt_logprobs,
-        structure=structure_of(None, structure),
+        structure=structure,
     )
 
 
