@@ -13,6 +13,7 @@ from pagoda import sampling_params as bounds
 from pagoda.errors import InvalidRequest
 from pagoda.text.bad_words import MAX_WORD_CHARS, MAX_WORDS
 from pagoda.text.parameters import MAX_STOP_CHARS, MAX_STOPS
+from pagoda.text.structured_outputs import KEYS
 
 MAX_PROMPTS = 256
 """Prompts in one completion request."""
@@ -156,7 +157,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     ] = None
     structured_outputs: Annotated[
         dict[str, Any] | None,
-        vllm("Make the whole output follow a structure.", "one of `json`, `regex`, `choice`, `grammar`", "none"),
+        vllm("Make the whole output follow a structure.", f"one of {', '.join([f'`{k}`' for k in KEYS])}", "none"),
     ] = None
     truncate_prompt_tokens: Annotated[
         int | None, vllm("Keep only this many of the prompt's last tokens.", "integer, at least 1", "the whole prompt")

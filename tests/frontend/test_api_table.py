@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pagoda.structured.limits import MAX_TEXT_BYTES, TRIAL_MEMORY_BYTES
 from pagoda.text.parameters import _Given
+from pagoda.text.structured_outputs import KEYS
 from pagoda_openai import api_table
+from pagoda_openai.settings import Settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -19,6 +22,18 @@ def test_the_page_is_up_to_date() -> None:
 def test_the_text_contract_is_listed() -> None:
     section = PAGE.read_text("utf-8").partition("## Triton's text inputs")[2]
     assert [name for name in _Given.__struct_fields__ if f"`{name}`" not in section] == []
+
+
+def test_the_bounds_are_those_of_the_code() -> None:
+    section = PAGE.read_text("utf-8").partition("## Bounds of a request")[2].partition("\n## ")[0]
+    for bound in (Settings().max_body_bytes, MAX_TEXT_BYTES):
+        assert f"at most {bound:,} bytes" in section
+    assert f"{TRIAL_MEMORY_BYTES >> 20} MiB" in section
+
+
+def test_every_key_of_structured_outputs_is_listed() -> None:
+    [row] = [line for line in PAGE.read_text("utf-8").split("\n") if line.startswith("| `structured_outputs`")]
+    assert [key for key in KEYS if f"`{key}`" not in row] == []
 
 
 def test_a_page_without_a_place_is_refused() -> None:

@@ -444,3 +444,8 @@ async def test_a_pair_of_surrogates_is_text(engine: FakeEngine, text: str) -> No
     body = f'{{"model": "fake", "prompt": "{text}"'
     assert (await engine.post_raw(TEXT, f"{body}}}".encode())).is_success
     assert "surrogate" not in (await engine.post_raw(TEXT, body.encode())).text
+
+
+async def test_a_body_may_be_nested_as_deep_as_the_docs_say(engine: FakeEngine) -> None:
+    body = b'{"model": "fake", "prompt": "The", "metadata": %s}' % (b"[" * 900 + b"]" * 900)
+    assert (await engine.post_raw(TEXT, body)).status_code == 200

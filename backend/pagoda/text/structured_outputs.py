@@ -21,7 +21,8 @@ GUIDED = {
 """vLLM's older fields and what they are called inside of structured_outputs."""
 
 _FORMATS = ("text", "json_object", "json_schema")
-_KEYS = ("json", "regex", "choice", "grammar", "json_object")
+KEYS = ("json", "regex", "choice", "grammar", "json_object")
+"""What structured_outputs may hold, one of them."""
 
 
 def structure_of(response_format: dict[str, Any] | None, structured_outputs: dict[str, Any] | None) -> Structure | None:
@@ -60,9 +61,9 @@ def _of_json_schema(given: Any) -> Structure:
 
 def _of_structured_outputs(given: dict[str, Any]) -> Structure | None:
     asked = {key: value for key, value in given.items() if not _asks_for_nothing(key, value)}
-    unknown = [key for key in asked if key not in _KEYS]
+    unknown = [key for key in asked if key not in KEYS]
     if unknown:
-        allowed = ", ".join(_KEYS)
+        allowed = ", ".join(KEYS)
         raise _invalid("structured_outputs", f"has no key {_shown(unknown[0])}; its keys are {allowed}")
     if len(asked) > 1:
         raise _invalid("structured_outputs", f"must have one of its keys, not {' and '.join(asked)}")
