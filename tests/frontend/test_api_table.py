@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from pagoda.structured.limits import MAX_TEXT_BYTES, TRIAL_MEMORY_BYTES
@@ -22,6 +23,15 @@ def test_the_page_is_up_to_date() -> None:
 def test_the_text_contract_is_listed() -> None:
     section = PAGE.read_text("utf-8").partition("## Triton's text inputs")[2]
     assert [name for name in _Given.__struct_fields__ if f"`{name}`" not in section] == []
+
+
+def test_parameters_that_hold_lists_or_objects_are_told_where_to_go() -> None:
+    """Triton's `/generate` takes none as a request's own parameter; a structure may also be JSON in a string."""
+    [told] = [p for p in PAGE.read_text("utf-8").split("\n\n") if p.startswith("On plain `/generate`")]
+    hints = {name: str(hint) for name, hint in get_type_hints(_Given).items()}
+    held = [name for name, hint in hints.items() if ("list" in hint or "dict" in hint) and name != "structured_outputs"]
+    assert held
+    assert [name for name in held if f"`{name}`" not in told] == []
 
 
 def test_the_bounds_are_those_of_the_code() -> None:
