@@ -250,13 +250,13 @@ def check_length(num_prompt_tokens: int, params: SamplingParams, *, max_model_le
     return wanted
 
 
-def check_least_length(at_least: int, *, max_model_len: int) -> None:
+def check_least_length(at_least: int, *, max_model_len: int, field: str = "prompt") -> None:
     """Of a text that has not been tokenized, whose tokens are known to be `at_least` so many. Raises InvalidRequest."""
     if at_least >= max_model_len:
         raise InvalidRequest(
-            f"the prompt has at least {at_least} tokens; the model's context of {max_model_len} tokens is passed by "
-            f"{at_least - max_model_len} or more: shorten it",
-            field="prompt",
+            f"{field} (at least {at_least} tokens) alone would pass the model's context of {max_model_len} tokens by "
+            f"{at_least - max_model_len} or more: send less",
+            field=field,
         )
 
 

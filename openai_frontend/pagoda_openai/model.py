@@ -113,13 +113,7 @@ class Model:
         return await asyncio.to_thread(encode, value) if size > LONG_TEXT else encode(value)
 
     def _check_size(self, at_least: int, field: str) -> None:
-        limit = self.facts.max_model_len
-        if at_least >= limit:
-            raise InvalidRequest(
-                f"{field} (at least {at_least} tokens) alone would pass the model's context of {limit} tokens by "
-                f"{at_least - limit} or more: send less",
-                field=field,
-            )
+        sampling_params.check_least_length(at_least, max_model_len=self.facts.max_model_len, field=field)
 
     def shown(self, prompt: Prompt) -> str:
         """The prompt's text: as the client wrote it, else as its tokens read, control tokens and all."""
