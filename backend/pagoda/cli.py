@@ -23,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from pagoda import __version__, openai_stream
 from pagoda.bench.cli import app as bench_app
+from pagoda.bench.console import clear_errors
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.server import settings as service
 from pagoda.server import store
@@ -40,16 +41,6 @@ RunFolder = Annotated[
     ),
 ]
 ApiKey = Annotated[str | None, typer.Option(envvar="PAGODA_API_KEY", help="Key the server asks for.")]
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """What we raise on purpose is shown as a sentence, not as a stack."""
-    try:
-        yield
-    except PagodaError as error:
-        console.print(f"[red]error:[/red] {error.message}", markup=True)
-        raise typer.Exit(1) from None
 
 
 @app.command()

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from pagoda import config, hf_config, torch_settings
 from pagoda.bench import serve_cli, shapes
-from pagoda.bench.console import console
+from pagoda.bench.console import ClearErrors, console
 from pagoda.server import store
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pagoda.bench.prefix import PrefixResult
     from pagoda.bench.profile import StepProfile
 
-app = typer.Typer(no_args_is_help=True, help="Measure.")
+app = typer.Typer(cls=ClearErrors, no_args_is_help=True, help="Measure.")
 app.command()(serve_cli.serve)
 
 Model = Annotated[

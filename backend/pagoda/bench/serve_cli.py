@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from pagoda import __version__, hf_config
 from pagoda.bench.console import console
 from pagoda.bench.loads import FIRST_ID
-from pagoda.errors import ConfigError, PagodaError
+from pagoda.errors import ConfigError
 from pagoda.server import store
 
 if TYPE_CHECKING:
@@ -67,21 +67,17 @@ def serve(
     from pagoda.bench.serve_client import root
     from pagoda.openai_stream import first_model
 
-    try:
-        draw, url = _plotter(plot), root(url)
-        loads = chosen(load or ["cpu"])
-        target = Target(url, model or first_model(url, api_key), _vocab_size(vocab_size), api_key)
-        seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
-        parameters = {
-            "url": url, "model": target.model, "loads": [one.name for one in loads], "concurrency": concurrency,
-            "request_rate": request_rate, "seed": seed, "vocab_size": target.vocab_size,
-        }  # fmt: skip
-        client = {"pagoda": __version__, "python": platform.python_version(), "machine": platform.machine()}
-        began = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        measured = _measured(target, loads, concurrency, request_rate, seed)
-    except PagodaError as error:
-        console.print(f"[red]error:[/red] {escape(error.message)}", markup=True)
-        raise typer.Exit(1) from None
+    draw, url = _plotter(plot), root(url)
+    loads = chosen(load or ["cpu"])
+    target = Target(url, model or first_model(url, api_key), _vocab_size(vocab_size), api_key)
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    parameters = {
+        "url": url, "model": target.model, "loads": [one.name for one in loads], "concurrency": concurrency,
+        "request_rate": request_rate, "seed": seed, "vocab_size": target.vocab_size,
+    }  # fmt: skip
+    client = {"pagoda": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    measured = _measured(target, loads, concurrency, request_rate, seed)
     results = [result for result, _ in measured]
     _show(results, target)
     if json_file is not None:

@@ -1,0 +1,43 @@
+"""The command line: what cannot work is refused with a sentence, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pagoda.cli import app
+from typer.testing import CliRunner, Result
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No model store and no key of whoever runs the tests, and a terminal that breaks no line."""
+    monkeypatch.setenv("PAGODA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PAGODA_API_KEY", raising=False)
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def pagoda(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def is_sentence(ran: Result, said: str) -> bool:
+    assert ran.exit_code == 1, ran.output
+    assert isinstance(ran.exception, SystemExit)
+    return f"error: {said}" in ran.output
+
+
+def is_bad_parameter(ran: Result, said: str) -> bool:
+    """The line width of typer's own box is set as it is imported, so its lines are joined."""
+    assert ran.exit_code == 2, ran.output
+    return said in " ".join(ran.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["compare", "determinism", "offline", "prefix", "products", "profile"])
+def test_what_no_bench_can_measure_is_a_sentence(command: str) -> None:
+    assert is_sentence(pagoda("bench", command, "--model", "nope"), "model = 'nope' was not found: no ")
+
+
+def test_a_parameter_that_no_engine_has_is_a_sentence() -> None:
+    ran = pagoda("bench", "profile", "--model", "llama-3.1-8b", "--set", "bogus=1")
+    assert is_sentence(ran, "unknown parameter 'bogus'. Known ones: ")
