@@ -40,6 +40,10 @@ RunFolder = Annotated[
         "--run-folder", help="Logs and instance file of one running service.", show_default="$PAGODA_HOME/run"
     ),
 ]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Of the OpenAI frontend.")]
+GrpcPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's gRPC.")]
+MetricsPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's metrics.")]
+HttpPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's HTTP, with --triton-http.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="PAGODA_API_KEY", help="Key the server asks for.")]
 
 
@@ -49,10 +53,10 @@ def serve(
     model_repository: Annotated[Path | None, typer.Option(help="Serve every model of a Triton repository.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name of --model in the API.")] = None,
     host: Annotated[str, typer.Option(help="Address of the frontend; 0.0.0.0 opens it to others.")] = "127.0.0.1",
-    port: int = 9000,
-    grpc_port: int = 8001,
-    metrics_port: int = 8002,
-    http_port: int = 8000,
+    port: Port = 9000,
+    grpc_port: GrpcPort = 8001,
+    metrics_port: MetricsPort = 8002,
+    http_port: HttpPort = 8000,
     triton_http: Annotated[bool, typer.Option("--triton-http", help="Open Triton's HTTP port, on loopback.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Frontend processes.")] = 2,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Engine parameter of --model, as name=value.")] = None,
@@ -64,6 +68,8 @@ def serve(
         raise typer.BadParameter("give --model or --model-repository, not both")
     if set_ and model_repository is not None:
         raise typer.BadParameter("--set goes with --model; a repository's parameters are in its config.pbtxt")
+    ports = {"--port": port, "--grpc-port": grpc_port, "--metrics-port": metrics_port}
+    _check_ports(ports | ({"--http-port": http_port} if triton_http else {}))
     from pagoda.server import repository
 
     logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
@@ -89,6 +95,13 @@ def serve(
             _run(settings)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_ports(ports: dict[str, int]) -> None:
+    for port in ports.values():
+        options = [option for option, value in ports.items() if value == port]
+        if len(options) > 1:
+            raise typer.BadParameter(f"{' and '.join(options)} are the same, {port}: give each a port of its own")
 
 
 def _repository_of(scratch: Path, model: str | None, name: str | None, assignments: list[str]) -> Path:

@@ -41,3 +41,21 @@ def test_what_no_bench_can_measure_is_a_sentence(command: str) -> None:
 def test_a_parameter_that_no_engine_has_is_a_sentence() -> None:
     ran = pagoda("bench", "profile", "--model", "llama-3.1-8b", "--set", "bogus=1")
     assert is_sentence(ran, "unknown parameter 'bogus'. Known ones: ")
+
+
+@pytest.mark.parametrize("option", ["--port", "--grpc-port", "--metrics-port", "--http-port"])
+@pytest.mark.parametrize("value", ["0", "65536"])
+def test_a_port_has_a_range(option: str, value: str) -> None:
+    ran = pagoda("serve", "--model", "nope", option, value)
+    assert is_bad_parameter(ran, f"Invalid value for '{option}'")
+
+
+def test_two_services_cannot_share_a_port() -> None:
+    ran = pagoda("serve", "--model", "nope", "--port", "8002")
+    assert is_bad_parameter(ran, "--port and --metrics-port are the same, 8002: give each a port of its own")
+    ran = pagoda("serve", "--model", "nope", "--triton-http", "--http-port", "8001")
+    assert is_bad_parameter(ran, "--grpc-port and --http-port are the same, 8001")
+
+
+def test_a_port_that_stays_closed_is_in_nobodys_way() -> None:
+    assert is_sentence(pagoda("serve", "--model", "nope", "--port", "8000"), "model = 'nope' was not found")
