@@ -107,14 +107,29 @@ def _check_ports(ports: dict[str, int]) -> None:
 def _repository_of(scratch: Path, model: str | None, name: str | None, assignments: list[str]) -> Path:
     from pagoda.server import repository
 
-    if model is None:
-        with _progress("the embedded default model") as update:
-            model = str(store.pull_default(update))
-    given = store.resolve(model, relative_to=Path.cwd())
-    with _progress(given.name) as update:
-        folder = store.prepared(given, update)
+    with _store_errors():
+        if model is None:
+            with _progress("the embedded default model") as update:
+                model = str(store.pull_default(update))
+        given = store.resolve(model, relative_to=Path.cwd())
+        with _progress(given.name) as update:
+            folder = store.prepared(given, update)
     parameters = dict(_assignment(text) for text in assignments)
     return repository.single_model(scratch, str(folder), name or given.name, parameters)
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """A full disk or a folder of someone else's is no fault of ours."""
+    try:
+        yield
+    except OSError as error:
+        home, file = store.home(), Path(str(error.filename or store.home()))
+        what = error.strerror or str(error)
+        if file.is_relative_to(home) or home.is_relative_to(file):
+            remedy = "set it to a folder of yours with room for a model"
+            raise ConfigError(f"PAGODA_HOME = {str(home)!r} cannot be used: {what} ({file}); {remedy}") from None
+        raise ConfigError(f"{file} cannot be read: {what}; give a model whose files are yours to read") from None
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -229,7 +244,7 @@ def pull(
     name: Annotated[str | None, typer.Option(help="Its name in the store.")] = None,
 ) -> None:
     """Put a model into the store."""
-    with clear_errors():
+    with clear_errors(), _store_errors():
         with _progress("the embedded default model" if folder is None else folder.name) as update:
             path = store.pull_default(update) if folder is None else store.pull_folder(folder, name, update)
         console.print(f"{path}")

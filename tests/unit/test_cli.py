@@ -17,6 +17,14 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "300")
 
 
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "repository"
+    (folder / "m" / "1").mkdir(parents=True)
+    (folder / "m" / "config.pbtxt").write_text('backend: "pagoda"')
+    return folder
+
+
 def pagoda(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
@@ -59,3 +67,21 @@ def test_two_services_cannot_share_a_port() -> None:
 
 def test_a_port_that_stays_closed_is_in_nobodys_way() -> None:
     assert is_sentence(pagoda("serve", "--model", "nope", "--port", "8000"), "model = 'nope' was not found")
+
+
+@pytest.mark.parametrize("folder", ["/proc/foo", "/dev/null"])
+def test_a_run_folder_that_cannot_be_written_is_a_sentence(folder: str, repository: Path) -> None:
+    ran = pagoda("serve", "--model-repository", str(repository), "--run-folder", folder)
+    assert is_sentence(ran, f"run_folder = '{folder}' cannot be written: ")
+    assert "give a folder of yours with --run-folder" in ran.output
+
+
+@pytest.mark.parametrize("arguments", [("pull",), ("pull", "{folder}"), ("serve",), ("serve", "--model", "{folder}")])
+def test_a_store_that_cannot_be_written_is_a_sentence(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setenv("PAGODA_HOME", "/proc/x")
+    ran = pagoda(*(argument.format(folder=tmp_path) for argument in arguments))
+    assert is_sentence(ran, "PAGODA_HOME = '/proc/x' cannot be used: ")
+    assert "set it to a folder of yours" in ran.output

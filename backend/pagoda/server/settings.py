@@ -71,11 +71,18 @@ def instance_file(run_folder: Path) -> Path:
 
 @contextmanager
 def holding(run_folder: Path) -> Iterator[None]:
-    """Be the one service of a run folder. Raises ConfigError when another is.
+    """Be the one service of a run folder. Raises ConfigError when another is, or where no service can be.
 
     A lock and not a process id tells: in a container every start has the same one.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / "lock").touch()
+    except OSError as error:
+        raise ConfigError(
+            f"run_folder = {str(run_folder)!r} cannot be written: {error.strerror}; "
+            "give a folder of yours with --run-folder, or set PAGODA_HOME to one"
+        ) from None
     with open(run_folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
