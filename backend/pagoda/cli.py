@@ -260,7 +260,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @app.command()
 def chat(
-    url: Annotated[str, typer.Option(help="A running frontend.")] = "http://127.0.0.1:9000",
+    url: Annotated[str, typer.Option(help="A running frontend, with or without its /v1.")] = "http://127.0.0.1:9000",
     model: Annotated[str | None, typer.Option(help="By default the first one.")] = None,
     temperature: float = 0.2,
     max_tokens: int = 512,
@@ -268,6 +268,7 @@ def chat(
 ) -> None:
     """Talk to a running server; an empty line or Ctrl-D ends."""
     with clear_errors():
+        url = openai_stream.root(url)
         name = model or openai_stream.first_model(url, api_key)
         console.print(f"{name} at {url}; an empty line ends\n")
         messages: list[dict[str, str]] = []

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
-from pagoda.errors import PagodaError
+from pagoda.errors import ConfigError, PagodaError
 
 
 class ServerError(PagodaError):
     """What the server answered instead of a stream."""
 
 
+def root(url: str) -> str:
+    """A server's address without its /v1. Raises ConfigError for what is no http or https URL."""
+    if not _is_address(url):
+        raise ConfigError(f"url = {url!r} is no address of a server: write one like http://127.0.0.1:9000")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port out of range, half of an IPv6 address
+        return False
+
+
 def get_json(url: str, api_key: str | None = None) -> Any:
     with _open(urllib.request.Request(url, headers=_headers(api_key)), timeout=10) as response:
-        return json.load(response)
+        try:
+            return json.load(response)
+        except ValueError:
+            raise ServerError(f"what answers at {url} sends no JSON: give the address of an OpenAI API") from None
 
 
 def first_model(url: str, api_key: str | None = None) -> str:
@@ -53,10 +73,9 @@ def _open(request: urllib.request.Request, timeout: float) -> Any:
         return urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         raise ServerError(_message(error.read()) or f"the server answered {error.code}") from None
-    except urllib.error.URLError as error:
-        raise ServerError(
-            f"no server answers at {request.full_url}: {error.reason}; start one with `pagoda serve`"
-        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise ServerError(f"no server answers at {request.full_url}: {reason}; start one with `pagoda serve`") from None
 
 
 def _message(body: bytes) -> str | None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from pagoda.cli import app
 from typer.testing import CliRunner, Result
+
+MODELS = b'{"data": [{"id": "fake"}]}'
+WORD = b'data: {"choices": [{"delta": {"content": "Paris"}}]}\n\ndata: [DONE]\n\n'
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +33,34 @@ def repository(tmp_path: Path) -> Path:
 
 
 def pagoda(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments)
+    return CliRunner().invoke(app, arguments, input="Where?\n\n")
+
+
+@contextmanager
+def answering(models: bytes) -> Iterator[tuple[str, list[str]]]:
+    """A server that gives `models` for its models and says one word; its address, and the paths that it was asked."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(models if self.command == "GET" else WORD)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def is_sentence(ran: Result, said: str) -> bool:
@@ -85,3 +119,27 @@ def test_a_store_that_cannot_be_written_is_a_sentence(
     ran = pagoda(*(argument.format(folder=tmp_path) for argument in arguments))
     assert is_sentence(ran, "PAGODA_HOME = '/proc/x' cannot be used: ")
     assert "set it to a folder of yours" in ran.output
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "127.0.0.1:9000", "ftp://host", "http://", "http://host:99999", "http://["]
+)
+@pytest.mark.parametrize("command", [("chat",), ("chat", "--model", "m"), ("bench", "serve")])
+def test_what_is_no_address_of_a_server_is_a_sentence(command: tuple[str, ...], url: str) -> None:
+    said = f"url = '{url}' is no address of a server: write one like http://127.0.0.1:9000"
+    assert is_sentence(pagoda(*command, "--url", url), said)
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_a_chat_takes_an_address_with_its_v1_or_without(end: str) -> None:
+    with answering(MODELS) as (url, asked):
+        ran = pagoda("chat", "--url", url + end)
+    assert ran.exit_code == 0, ran.output
+    assert asked == ["/v1/models", "/v1/chat/completions"]
+    assert "fake at" in ran.output
+    assert "Paris" in ran.output
+
+
+def test_what_answers_in_html_is_no_server() -> None:
+    with answering(b"<html>") as (url, _):
+        assert is_sentence(pagoda("chat", "--url", url), f"what answers at {url}/v1/models sends no JSON")

@@ -64,8 +64,7 @@ def serve(
 ) -> None:
     """Any OpenAI-compatible server through HTTP, streamed and greedy, under the loads of `offline`."""
     from pagoda.bench.serve import Target, chosen
-    from pagoda.bench.serve_client import root
-    from pagoda.openai_stream import first_model
+    from pagoda.openai_stream import first_model, root
 
     draw, url = _plotter(plot), root(url)
     loads = chosen(load or ["cpu"])

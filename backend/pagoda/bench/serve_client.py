@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import httptools
 
 from pagoda.bench.serve_stream import Answer
-from pagoda.errors import ConfigError
 
 IDLE_SECONDS = 2.0
 """A connection that lay idle for longer is not used again: uvicorn closes one after five, and might just then."""
@@ -90,14 +89,6 @@ class Connection(asyncio.Protocol):
         self._is_kept, self._idle_since = keep, self._now
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
-
-
-def root(url: str) -> str:
-    """A server's address without its /v1. Raises ConfigError for what is no http or https URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"url = {url!r} is no address of a server: write one like http://127.0.0.1:9000")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 class Client:
