@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from pagoda import config, hf_config, torch_settings
 from pagoda.bench import serve_cli, shapes
-from pagoda.bench.console import ClearErrors, console
+from pagoda.bench.console import ClearErrors, console, writable
 from pagoda.server import store
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ app.command()(serve_cli.serve)
 Model = Annotated[
     str, typer.Option(help=f"A folder, a name in the store, or random weights: {', '.join(shapes.SHAPES)}.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results there, too.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", callback=writable, help="Write the results there, too.")]
 Parameters = Annotated[
     list[str] | None, typer.Option("--set", help="An engine parameter, name=value; may be repeated.")
 ]

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from pagoda import __version__, hf_config
-from pagoda.bench.console import console
+from pagoda.bench.console import console, writable
 from pagoda.bench.loads import FIRST_ID
 from pagoda.errors import ConfigError
 from pagoda.server import store
@@ -59,8 +59,12 @@ def serve(
         str, typer.Option(help="Token ids are drawn below it: a number, or a model's folder or name in the store.")
     ] = store.DEFAULT_MODEL,
     api_key: Annotated[str | None, typer.Option(envvar="PAGODA_API_KEY", help="Key the server asks for.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write parameters and figures there, too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="TTFT and ITL as cumulative curves: .png, .svg, .pdf.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=writable, help="Write parameters and figures there, too.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=writable, help="TTFT and ITL as cumulative curves: .png, .svg, .pdf.")
+    ] = None,
 ) -> None:
     """Any OpenAI-compatible server through HTTP, streamed and greedy, under the loads of `offline`."""
     from pagoda.bench.serve import Target, chosen
