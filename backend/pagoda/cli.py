@@ -292,11 +292,13 @@ def _ask() -> str:
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: what is there, what is missing, and how to mend it."""
-    from pagoda.server.doctor import checks
+def doctor(
+    port: Port = 9000, grpc_port: GrpcPort = 8001, metrics_port: MetricsPort = 8002, http_port: HttpPort = 8000
+) -> None:
+    """Check this machine: what is there, what is missing, and how to mend it. The ports are those given to serve."""
+    from pagoda.server.doctor import DEFAULT_PORTS, checks
 
-    found = checks()
+    found = checks(dict(zip(DEFAULT_PORTS, (port, grpc_port, metrics_port, http_port), strict=True)))
     marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
     for check in found:
         console.print(f"{marks[check.status]}  [bold]{check.name}[/bold]: {check.detail}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,3 +168,13 @@ def test_results_that_were_not_measured_leave_earlier_ones_and_no_file(tmp_path:
         assert is_sentence(pagoda("bench", "compare", "--model", "nope", "--json", str(file)), "model = 'nope'")
     assert earlier.read_text() == "{}"
     assert not new.exists()
+
+
+@pytest.mark.parametrize("option", ["--port", "--grpc-port", "--metrics-port", "--http-port"])
+def test_the_doctor_says_who_holds_a_port_that_serve_was_given(option: str) -> None:
+    pytest.importorskip("psutil")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        ran = pagoda("doctor", option, str(number))
+    [line] = [line for line in ran.output.splitlines() if f"Port {number}:" in line]
+    assert f"(process {os.getpid()})" in line

@@ -19,7 +19,8 @@ def test_everything_is_looked_at_and_what_is_not_ok_has_a_remedy() -> None:
     found = doctor.checks()
     names = {check.name for check in found}
     assert names >= {"Operating system", "Python", "libpython", "Triton", "NumPy", "PyTorch", "GPU", "CPU cores"}
-    assert names >= {"Memory", "Shared memory", "Disk", "Open files", "Port 9000", "Port 8001", "Port 8002", "Models"}
+    assert names >= {"Memory", "Shared memory", "Disk", "Open files", "Models"}
+    assert names >= {"Port 9000", "Port 8001", "Port 8002", "Port 8000"}
     assert all(check.remedy for check in found if check.status != "ok")
 
 
@@ -152,6 +153,14 @@ def test_a_port_taken_on_all_interfaces_is_taken() -> None:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         assert doctor.port("Triton gRPC", taken.getsockname()[1]).status != "ok"
+
+
+def test_the_port_that_is_opened_on_request_keeps_no_service_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_port_owner", lambda number: ("nginx (process 7)", False))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        check = doctor.port("Triton HTTP", taken.getsockname()[1])
+    assert (check.status, check.detail) == ("warn", "wanted for Triton HTTP, taken by nginx (process 7)")
+    assert check.remedy.startswith("Nothing to do without --triton-http. With it: End what uses it")
 
 
 def test_models_of_the_store_are_listed_with_their_problems() -> None:

@@ -29,7 +29,9 @@ Status = Literal["ok", "warn", "fail"]
 GIB = 2**30
 MIB = 2**20
 
-DEFAULT_PORTS: Mapping[str, int] = {"frontend": 9000, "Triton gRPC": 8001, "Triton metrics": 8002}
+OPTIONAL_PORT = "Triton HTTP"
+"""Opened with --triton-http only: a service without it starts where the port is taken."""
+DEFAULT_PORTS: Mapping[str, int] = {"frontend": 9000, "Triton gRPC": 8001, "Triton metrics": 8002, OPTIONAL_PORT: 8000}
 CONTAINER_TRITON = Path("/opt/tritonserver")
 SUPPORTED_PYTHONS = ((3, 10), (3, 11), (3, 12))
 MIN_TORCH = (2, 11)
@@ -166,7 +168,10 @@ def port(name: str, number: int) -> Check:
     if ours:
         return Check(label, "warn", f"{name}: a Pagoda seems to run, {owner}", "`pagoda stop` ends it.")
     remedy = f"End what uses it (`ss -ltnp 'sport = :{number}'` shows it), or give {name} another port."
-    return Check(label, "fail", f"wanted for {name}, taken by {owner}", remedy)
+    detail = f"wanted for {name}, taken by {owner}"
+    if name == OPTIONAL_PORT:
+        return Check(label, "warn", detail, f"Nothing to do without --triton-http. With it: {remedy}")
+    return Check(label, "fail", detail, remedy)
 
 
 # The software
