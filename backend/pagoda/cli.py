@@ -63,11 +63,16 @@ def serve(
     api_key: ApiKey = None,
     run_folder: RunFolder = None,
 ) -> None:
-    """Start Triton and the OpenAI frontend, watch them, end both on Ctrl-C."""
+    """Start Triton and the OpenAI frontend, watch them, end both on Ctrl-C.
+
+    Without --model and --model-repository the embedded default model is served.
+    """
     if model is not None and model_repository is not None:
         raise typer.BadParameter("give --model or --model-repository, not both")
     if set_ and model_repository is not None:
         raise typer.BadParameter("--set goes with --model; a repository's parameters are in its config.pbtxt")
+    if served_model_name is not None and model_repository is not None:
+        raise typer.BadParameter("--served-model-name goes with --model; a repository's folders name its models")
     ports = {"--port": port, "--grpc-port": grpc_port, "--metrics-port": metrics_port}
     _check_ports(ports | ({"--http-port": http_port} if triton_http else {}))
     from pagoda.server import repository
@@ -241,9 +246,11 @@ def pull(
         Path | None,
         typer.Argument(help="A local Hugging Face folder, or one with a GGUF file; without it, the embedded default."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Its name in the store.")] = None,
+    name: Annotated[str | None, typer.Option(help="The folder's name in the store.")] = None,
 ) -> None:
     """Put a model into the store."""
+    if name is not None and folder is None:
+        raise typer.BadParameter("--name goes with a folder; the embedded default keeps its own name")
     with clear_errors(), _store_errors():
         with _progress("the embedded default model" if folder is None else folder.name) as update:
             path = store.pull_default(update) if folder is None else store.pull_folder(folder, name, update)

@@ -178,3 +178,18 @@ def test_the_doctor_says_who_holds_a_port_that_serve_was_given(option: str) -> N
         ran = pagoda("doctor", option, str(number))
     [line] = [line for line in ran.output.splitlines() if f"Port {number}:" in line]
     assert f"(process {os.getpid()})" in line
+
+
+@pytest.mark.parametrize(("option", "value"), [("--set", "block_size=8"), ("--served-model-name", "x")])
+def test_what_a_repository_would_ignore_is_refused(option: str, value: str, repository: Path) -> None:
+    ran = pagoda("serve", "--model-repository", str(repository), option, value)
+    assert is_bad_parameter(ran, f"{option} goes with --model; a repository's")
+
+
+def test_the_embedded_model_takes_no_name() -> None:
+    assert is_bad_parameter(pagoda("pull", "--name", "x"), "--name goes with a folder; the embedded default keeps")
+
+
+def test_help_says_what_is_served_by_default() -> None:
+    said = "Without --model and --model-repository the embedded default model is served."
+    assert said in pagoda("serve", "--help").output
