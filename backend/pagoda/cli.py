@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from pagoda import __version__, openai_stream
 from pagoda.bench.cli import app as bench_app
 from pagoda.bench.console import clear_errors
+from pagoda.bench.options import ApiKey
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.server import settings as service
 from pagoda.server import store
@@ -44,7 +45,6 @@ Port = Annotated[int, typer.Option(min=1, max=65535, help="Of the OpenAI fronten
 GrpcPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's gRPC.")]
 MetricsPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's metrics.")]
 HttpPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's HTTP, with --triton-http.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="PAGODA_API_KEY", help="Key the server asks for.")]
 
 
 @app.command()

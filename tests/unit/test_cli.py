@@ -193,3 +193,20 @@ def test_the_embedded_model_takes_no_name() -> None:
 def test_help_says_what_is_served_by_default() -> None:
     said = "Without --model and --model-repository the embedded default model is served."
     assert said in pagoda("serve", "--help").output
+
+
+@pytest.mark.parametrize("key", ["schlüssel", " padded", "line\n", ""])
+@pytest.mark.parametrize("command", [("serve", "--model", "nope"), ("chat",), ("bench", "serve")])
+def test_a_key_that_no_header_carries_is_refused_and_not_shown(command: tuple[str, ...], key: str) -> None:
+    ran = pagoda(*command, "--api-key", key)
+    assert is_bad_parameter(ran, "a key is printable ASCII without a space at an end")
+    assert not key or key not in ran.output
+
+
+def test_a_key_of_the_environment_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGODA_API_KEY", "schlüssel")
+    assert is_bad_parameter(pagoda("serve", "--model", "nope"), "a key is printable ASCII")
+    monkeypatch.setenv("PAGODA_API_KEY", "sk-Aa0/+= ~")
+    assert is_sentence(pagoda("serve", "--model", "nope"), "model = 'nope' was not found")
+    monkeypatch.setenv("PAGODA_API_KEY", "")
+    assert is_sentence(pagoda("serve", "--model", "nope"), "model = 'nope' was not found")

@@ -16,7 +16,8 @@ from rich.table import Column, Table
 
 from pagoda import config, hf_config, torch_settings
 from pagoda.bench import serve_cli, shapes
-from pagoda.bench.console import ClearErrors, console, writable
+from pagoda.bench.console import ClearErrors, console
+from pagoda.bench.options import writable
 from pagoda.server import store
 
 if TYPE_CHECKING:

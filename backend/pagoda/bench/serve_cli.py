@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from pagoda import __version__, hf_config
-from pagoda.bench.console import console, writable
+from pagoda.bench.console import console
 from pagoda.bench.loads import FIRST_ID
+from pagoda.bench.options import ApiKey, writable
 from pagoda.errors import ConfigError
 from pagoda.server import store
 
@@ -58,7 +59,7 @@ def serve(
     vocab_size: Annotated[
         str, typer.Option(help="Token ids are drawn below it: a number, or a model's folder or name in the store.")
     ] = store.DEFAULT_MODEL,
-    api_key: Annotated[str | None, typer.Option(envvar="PAGODA_API_KEY", help="Key the server asks for.")] = None,
+    api_key: ApiKey = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", callback=writable, help="Write parameters and figures there, too.")
     ] = None,
