@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,19 +20,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pagoda import __version__, openai_stream
 from pagoda.bench.cli import app as bench_app
-from pagoda.bench.console import clear_errors
+from pagoda.bench.console import ClearErrors
 from pagoda.bench.options import ApiKey
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.server import settings as service
 from pagoda.server import store
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Serve language models with Triton.")
+app = typer.Typer(
+    cls=ClearErrors, no_args_is_help=True, add_completion=False, help="Serve language models with Triton."
+)
 app.add_typer(bench_app, name="bench")
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, soft_wrap=True)
+"""It prints texts as they are: no path is cut in two where there is no terminal, no bracket taken for a colour."""
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -77,29 +82,38 @@ def serve(
     _check_ports(ports | ({"--http-port": http_port} if triton_http else {}))
     from pagoda.server import repository
 
-    logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    _log()
     scratch = Path(tempfile.mkdtemp(prefix="pagoda-repository-"))
-    with clear_errors():
-        try:
-            folder = model_repository or _repository_of(scratch, model, served_model_name, set_ or [])
-            repository.check(folder)
-            settings = service.ServeSettings(
-                model_repository=folder,
-                configs_are_complete=model_repository is None,
-                hide_gpus=not repository.needs_gpus(folder),
-                host=host,
-                port=port,
-                grpc_port=grpc_port,
-                metrics_port=metrics_port,
-                http_port=http_port,
-                triton_http=triton_http,
-                workers=workers,
-                api_key=api_key,
-                run_folder=run_folder or service.default_run_folder(),
-            )
-            _run(settings)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        folder = model_repository or _repository_of(scratch, model, served_model_name, set_ or [])
+        repository.check(folder)
+        settings = service.ServeSettings(
+            model_repository=folder,
+            configs_are_complete=model_repository is None,
+            hide_gpus=not repository.needs_gpus(folder),
+            host=host,
+            port=port,
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            http_port=http_port,
+            triton_http=triton_http,
+            workers=workers,
+            api_key=api_key,
+            run_folder=run_folder or service.default_run_folder(),
+        )
+        _run(settings)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _log() -> None:
+    """In colours and columns on a terminal, and elsewhere a line a message."""
+    if console.is_terminal:
+        logging.basicConfig(
+            level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+        )
+    else:
+        logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)-8s %(message)s", stream=sys.stdout)
 
 
 def _check_ports(ports: dict[str, int]) -> None:
@@ -151,7 +165,7 @@ def _run(settings: service.ServeSettings) -> None:
 
     def announce(supervisor: Supervisor) -> None:
         names = supervisor.registry.names()
-        console.print(f"\n[bold]Pagoda {__version__}[/bold] serves {', '.join(names)}")
+        console.print(f"\n[bold]Pagoda {__version__}[/bold] serves {escape(', '.join(names))}", markup=True)
         instance = supervisor.instance()
         console.print(f"  OpenAI API     {instance.url}/v1")
         console.print(f"  health         {instance.url}/health")
@@ -160,7 +174,7 @@ def _run(settings: service.ServeSettings) -> None:
         if instance.http_url:
             console.print(f"  Triton HTTP    {instance.http_url}")
         console.print(f"  logs           {settings.logs}\n")
-        console.print(_curl_line(instance.url, names[0], settings.api_key), soft_wrap=True)
+        console.print(_curl_line(instance.url, names[0], settings.api_key))
         proof.append(asyncio.create_task(asyncio.to_thread(_prove, instance.url, names[0], settings.api_key, began)))
 
     proof: list[asyncio.Task[None]] = []
@@ -186,7 +200,7 @@ def _prove(url: str, model: str, api_key: str | None, began: float) -> None:
         console.print(f"> {QUESTION[0]['content']}\n{''.join(pieces)}")
         console.print(f"(first token {took:.1f} s after the start; Ctrl-C ends the service)\n")
     except PagodaError as error:
-        console.print(f"[red]the first answer failed:[/red] {error.message}")
+        console.print(f"[red]the first answer failed:[/red] {escape(error.message)}", markup=True)
 
 
 @app.command()
@@ -201,8 +215,7 @@ def stop(run_folder: RunFolder = None) -> None:
     deadline = time.monotonic() + 15
     while service.read_instance(folder) is not None:
         if time.monotonic() > deadline:
-            console.print(f"[red]error:[/red] process {instance.pid} did not end in 15 s; see {folder / 'logs'}")
-            raise typer.Exit(1)
+            raise PagodaError(f"process {instance.pid} did not end in 15 s; see {folder / 'logs'}")
         time.sleep(0.1)
     console.print("stopped")
 
@@ -224,8 +237,7 @@ def _repository_call(verb: str, name: str, run_folder: Path | None) -> None:
 
     instance = service.read_instance(run_folder or service.default_run_folder())
     if instance is None:
-        console.print("[red]error:[/red] no service runs; start one with `pagoda serve`")
-        raise typer.Exit(1)
+        raise ConfigError("no service runs; start one with `pagoda serve`")
 
     async def call() -> None:
         triton = Triton(instance.grpc_address, instance.secret)
@@ -235,8 +247,7 @@ def _repository_call(verb: str, name: str, run_folder: Path | None) -> None:
         await getattr(triton, verb)(name)
         await triton.close()
 
-    with clear_errors():
-        asyncio.run(call())
+    asyncio.run(call())
     console.print(f"{verb}ed {name}" if verb == "load" else f"{name} is being unloaded")
 
 
@@ -251,7 +262,7 @@ def pull(
     """Put a model into the store."""
     if name is not None and folder is None:
         raise typer.BadParameter("--name goes with a folder; the embedded default keeps its own name")
-    with clear_errors(), _store_errors():
+    with _store_errors():
         with _progress("the embedded default model" if folder is None else folder.name) as update:
             path = store.pull_default(update) if folder is None else store.pull_folder(folder, name, update)
         console.print(f"{path}")
@@ -259,8 +270,8 @@ def pull(
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"preparing {what}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -274,20 +285,19 @@ def chat(
     api_key: ApiKey = None,
 ) -> None:
     """Talk to a running server; an empty line or Ctrl-D ends."""
-    with clear_errors():
-        url = openai_stream.root(url)
-        name = model or openai_stream.first_model(url, api_key)
-        console.print(f"{name} at {url}; an empty line ends\n")
-        messages: list[dict[str, str]] = []
-        while question := _ask():
-            messages.append({"role": "user", "content": question})
-            answer = ""
-            parameters = {"temperature": temperature, "max_tokens": max_tokens}
-            for piece in openai_stream.stream_chat(url, name, messages, api_key=api_key, **parameters):
-                console.out(piece, end="", highlight=False)
-                answer += piece
-            console.print("\n")
-            messages.append({"role": "assistant", "content": answer})
+    url = openai_stream.root(url)
+    name = model or openai_stream.first_model(url, api_key)
+    console.print(f"{name} at {url}; an empty line ends\n")
+    messages: list[dict[str, str]] = []
+    while question := _ask():
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        parameters = {"temperature": temperature, "max_tokens": max_tokens}
+        for piece in openai_stream.stream_chat(url, name, messages, api_key=api_key, **parameters):
+            console.out(piece, end="", highlight=False)
+            answer += piece
+        console.print("\n")
+        messages.append({"role": "assistant", "content": answer})
 
 
 def _ask() -> str:
@@ -308,7 +318,7 @@ def doctor(
     found = checks(dict(zip(DEFAULT_PORTS, (port, grpc_port, metrics_port, http_port), strict=True)))
     marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
     for check in found:
-        console.print(f"{marks[check.status]}  [bold]{check.name}[/bold]: {check.detail}")
+        console.print(f"{marks[check.status]}  [bold]{check.name}[/bold]: {escape(check.detail)}", markup=True)
         if check.remedy:
             console.print(f"      → {check.remedy}")
     if any(check.status == "fail" for check in found):

@@ -210,3 +210,17 @@ def test_a_key_of_the_environment_is_looked_at_too(monkeypatch: pytest.MonkeyPat
     assert is_sentence(pagoda("serve", "--model", "nope"), "model = 'nope' was not found")
     monkeypatch.setenv("PAGODA_API_KEY", "")
     assert is_sentence(pagoda("serve", "--model", "nope"), "model = 'nope' was not found")
+
+
+def test_what_is_printed_can_be_copied_however_narrow_the_output(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / "a folder [of someone]"
+    assert f"no service runs from {folder}\n" in pagoda("stop", "--run-folder", str(folder)).output
+    assert is_sentence(pagoda("pull", str(folder), "--name", "x"), f"{folder} is not a folder. A model is a Hugging")
+    assert is_sentence(pagoda("load", "x"), "no service runs; start one with `pagoda serve`\n")
+    monkeypatch.setenv("PAGODA_HOME", str(folder))
+    lines = pagoda("doctor").output.splitlines()
+    assert any(line.endswith(f"free at {folder}") for line in lines)
+    assert "      → `pagoda pull` gets the embedded default." in lines
