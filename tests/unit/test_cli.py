@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from pagoda.bench.cli import _wanted
+from pagoda.bench.loads import CPU_LOADS
 from pagoda.cli import app
 from typer.testing import CliRunner, Result
 
@@ -224,3 +226,15 @@ def test_what_is_printed_can_be_copied_however_narrow_the_output(
     lines = pagoda("doctor").output.splitlines()
     assert any(line.endswith(f"free at {folder}") for line in lines)
     assert "      → `pagoda pull` gets the embedded default." in lines
+
+
+def test_a_load_that_offline_does_not_have_is_refused_before_the_machine_is_measured() -> None:
+    ran = pagoda("bench", "offline", "--model", "llama-3.1-8b", "--set", "device=cpu", "--only", "1x", "--only", "7x")
+    said = "only = '7x' begins the name of no load: take the beginning of one of 1x64->64, 8x64->64, 32x64->64, "
+    assert is_sentence(ran, said)
+
+
+def test_loads_are_named_as_a_keyboard_has_them() -> None:
+    names = [load.name for load in _wanted(CPU_LOADS, ["8x", "1 × 64"])]
+    assert names == ["1 × 64 → 64", "8 × 64 → 64"]
+    assert _wanted(CPU_LOADS, None) == list(CPU_LOADS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,9 @@ from rich.table import Column, Table
 from pagoda import config, hf_config, torch_settings
 from pagoda.bench import serve_cli, shapes
 from pagoda.bench.console import ClearErrors, console
+from pagoda.bench.loads import OfflineLoad, is_named, typed
 from pagoda.bench.options import writable
+from pagoda.errors import ConfigError
 from pagoda.server import store
 
 if TYPE_CHECKING:
@@ -155,7 +157,9 @@ def waste() -> None:
 def offline(
     model: Model = store.DEFAULT_MODEL,
     parameters: Parameters = None,
-    only: Annotated[list[str] | None, typer.Option(help="Loads whose name begins so; may be repeated.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Loads whose name begins so, like 64x128; may be repeated.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """The engine alone, greedy, under the loads that its peer was measured with; beside the machine's limits."""
@@ -168,12 +172,12 @@ def offline(
 
     with _settings(model, parameters) as (settings, folder), _bar() as bar:
         shape, device = hf_config.load(folder), resolve_device(settings.device)
+        loads = _wanted(CPU_LOADS if device.type == "cpu" else GPU_LOADS, only)
         task = bar.add_task("the machine's limits")
         limits = machine.measure(shape, resolve_dtype(settings.dtype, shape.dtype, device), device)
         machine.release(device)
         bar.update(task, description="start")
         engine = Alone(settings, folder)
-        loads = [load for load in (CPU_LOADS if device.type == "cpu" else GPU_LOADS) if _wanted(load.name, only)]
         peers = (shape.hidden_size, shape.num_layers, shape.vocab_size) == PEER_SHAPES[device.type]
         bar.update(task, description="loads", total=len(loads))
 
@@ -191,8 +195,13 @@ def offline(
     _write(json_file, {"machine": limits, "results": results})
 
 
-def _wanted(name: str, only: list[str] | None) -> bool:
-    return only is None or name.startswith(tuple(only))
+def _wanted(loads: Sequence[OfflineLoad], only: list[str] | None) -> list[OfflineLoad]:
+    """Raises ConfigError for a beginning that no load's name has."""
+    for start in only or []:
+        if not any(is_named(load, start) for load in loads):
+            names = ", ".join(typed(load.name) for load in loads)
+            raise ConfigError(f"only = {start!r} begins the name of no load: take the beginning of one of {names}")
+    return [load for load in loads if not only or any(is_named(load, start) for start in only)]
 
 
 def _offline_table(results: list[Result]) -> Table:

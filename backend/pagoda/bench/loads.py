@@ -51,6 +51,18 @@ class OfflineLoad:
     """Most requests that a client has on their way at once; None: no bound."""
 
 
+def typed(name: str) -> str:
+    """A load's name as a keyboard has it."""
+    for sign, ascii_sign in (("×", "x"), ("→", "->"), ("…", ".."), (" ", "")):
+        name = name.replace(sign, ascii_sign)
+    return name
+
+
+def is_named(load: OfflineLoad, start: str) -> bool:
+    """Whether the load's name begins so, with x for × and -> for → allowed."""
+    return typed(load.name).startswith(typed(start))
+
+
 def _equal(count: int, length: int, output: int) -> Callable[[int], list[Load]]:
     return lambda vocab_size: mixed(count, inputs=(length, length), outputs=(output, output), vocab_size=vocab_size)
 

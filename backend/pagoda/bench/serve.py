@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pagoda.bench.loads import CPU_LOADS, FIRST_ID, GPU_LOADS, HTTP_LOADS, Load, OfflineLoad, mixed
+from pagoda.bench.loads import CPU_LOADS, FIRST_ID, GPU_LOADS, HTTP_LOADS, Load, OfflineLoad, is_named, mixed, typed
 from pagoda.bench.serve_client import Client
 from pagoda.bench.serve_figures import Latencies, Result, summarise
 from pagoda.bench.serve_stream import Answer
@@ -56,19 +56,12 @@ def chosen(wanted: Sequence[str]) -> list[OfflineLoad]:
     found: dict[str, OfflineLoad] = {}
     known = [load for loads in LOAD_SETS.values() for load in loads]
     for want in wanted:
-        loads = LOAD_SETS.get(want) or [load for load in known if _typed(load.name).startswith(_typed(want))]
+        loads = LOAD_SETS.get(want) or [load for load in known if is_named(load, want)]
         if not loads:
-            names = ", ".join(_typed(load.name) for load in known)
+            names = ", ".join(typed(load.name) for load in known)
             raise ConfigError(f"load = {want!r} is none: take a set, {' or '.join(LOAD_SETS)}, or one of {names}")
         found |= {load.name: load for load in loads}
     return list(found.values())
-
-
-def _typed(name: str) -> str:
-    """A load's name as a keyboard has it."""
-    for sign, ascii_sign in (("×", "x"), ("→", "->"), ("…", ".."), (" ", "")):
-        name = name.replace(sign, ascii_sign)
-    return name
 
 
 def unseen(requests: Sequence[Load], vocab_size: int, seed: int | str) -> list[Load]:
