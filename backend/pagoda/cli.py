@@ -31,9 +31,7 @@ from pagoda.errors import ConfigError, PagodaError
 from pagoda.server import settings as service
 from pagoda.server import store
 
-app = typer.Typer(
-    cls=ClearErrors, no_args_is_help=True, add_completion=False, help="Serve language models with Triton."
-)
+app = typer.Typer(cls=ClearErrors, no_args_is_help=True, add_completion=False)
 app.add_typer(bench_app, name="bench")
 console = Console(highlight=False, markup=False, soft_wrap=True)
 """It prints texts as they are: no path is cut in two where there is no terminal, no bracket taken for a colour."""
@@ -50,6 +48,21 @@ Port = Annotated[int, typer.Option(min=1, max=65535, help="Of the OpenAI fronten
 GrpcPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's gRPC.")]
 MetricsPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's metrics.")]
 HttpPort = Annotated[int, typer.Option(min=1, max=65535, help="Of Triton's HTTP, with --triton-http.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve language models with Triton."""
 
 
 @app.command()

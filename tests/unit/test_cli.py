@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from pagoda import __version__
 from pagoda.bench.cli import _wanted
 from pagoda.bench.loads import CPU_LOADS
 from pagoda.cli import app
@@ -238,3 +239,9 @@ def test_loads_are_named_as_a_keyboard_has_them() -> None:
     names = [load.name for load in _wanted(CPU_LOADS, ["8x", "1 × 64"])]
     assert names == ["1 × 64 → 64", "8 × 64 → 64"]
     assert _wanted(CPU_LOADS, None) == list(CPU_LOADS)
+
+
+@pytest.mark.parametrize("argument", ["--version", "version"])
+def test_the_version_is_printed(argument: str) -> None:
+    ran = pagoda(argument)
+    assert (ran.exit_code, ran.output) == (0, f"{__version__}\n")
