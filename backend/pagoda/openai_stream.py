@@ -56,12 +56,25 @@ def stream_chat(
     headers = {**_headers(api_key), "content-type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
     with _open(request, timeout=300) as response:
-        for line in response:
+        for line in _lines(response, url):
             if line.startswith(b"data: {"):
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
                     raise ServerError(chunk["error"]["message"])
                 yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+def _lines(response: Any, url: str) -> Iterator[bytes]:
+    """Those before the last one, which tells a whole answer from one that broke off."""
+    why = "the connection was closed"
+    try:
+        for line in response:
+            if line.startswith(b"data: [DONE]"):
+                return
+            yield line
+    except (OSError, http.client.HTTPException) as error:
+        why = str(error)
+    raise ServerError(f"the answer from {url} broke off: {why}; ask again")
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
@@ -74,7 +87,7 @@ def _open(request: urllib.request.Request, timeout: float) -> Any:
     except urllib.error.HTTPError as error:
         raise ServerError(_message(error.read()) or f"the server answered {error.code}") from None
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
+        reason = getattr(error, "reason", error)  # of a URLError; what comes later than the connection has none
         raise ServerError(f"no server answers at {request.full_url}: {reason}; start one with `pagoda serve`") from None
 
 

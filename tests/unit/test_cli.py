@@ -6,19 +6,20 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from pagoda import __version__
+from pagoda import __version__, openai_stream
 from pagoda.bench.cli import _wanted
 from pagoda.bench.loads import CPU_LOADS
 from pagoda.cli import app
 from typer.testing import CliRunner, Result
 
 MODELS = b'{"data": [{"id": "fake"}]}'
-WORD = b'data: {"choices": [{"delta": {"content": "Paris"}}]}\n\ndata: [DONE]\n\n'
+WORD = b'data: {"choices": [{"delta": {"content": "Paris"}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +43,8 @@ def pagoda(*arguments: str) -> Result:
 
 
 @contextmanager
-def answering(models: bytes) -> Iterator[tuple[str, list[str]]]:
-    """A server that gives `models` for its models and says one word; its address, and the paths that it was asked."""
+def answering(models: bytes, chat: bytes = WORD + DONE) -> Iterator[tuple[str, list[str]]]:
+    """A server that gives `models` for its models and answers with `chat`; its address, and the paths asked."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -51,7 +52,7 @@ def answering(models: bytes) -> Iterator[tuple[str, list[str]]]:
             asked.append(self.path)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(models if self.command == "GET" else WORD)
+            self.wfile.write(models if self.command == "GET" else chat)
 
         do_POST = do_GET
 
@@ -245,3 +246,18 @@ def test_loads_are_named_as_a_keyboard_has_them() -> None:
 def test_the_version_is_printed(argument: str) -> None:
     ran = pagoda(argument)
     assert (ran.exit_code, ran.output) == (0, f"{__version__}\n")
+
+
+def test_an_answer_that_breaks_off_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(MODELS, WORD) as (url, _):
+        ran = pagoda("chat", "--url", url)
+    assert is_sentence(ran, f"the answer from {url} broke off: the connection was closed; ask again")
+    assert "Paris" in ran.output
+
+    def reset() -> Iterator[bytes]:
+        yield WORD
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(openai_stream, "_open", lambda request, timeout: nullcontext(reset()))
+    ran = pagoda("chat", "--url", url, "--model", "fake")
+    assert is_sentence(ran, f"the answer from {url} broke off: [Errno 104] Connection reset by peer; ask again")
