@@ -125,7 +125,8 @@ def test_a_port_of_tritons_that_is_taken_is_named_before_anything_starts(
         [PAGODA, "serve", "--triton-http", *where, *flags], capture_output=True, text=True, timeout=20, check=False
     )
     assert done.returncode == 1
-    assert f"port {taken} cannot be used" in done.stdout
+    assert f"port {taken} cannot be used: Address already in use by tritonserver (process" in done.stdout
+    assert f"choose another with --{port}-port" in done.stdout
     assert "tritonserver started" not in done.stdout
 
 

@@ -156,7 +156,7 @@ def test_a_port_taken_on_all_interfaces_is_taken() -> None:
 
 
 def test_the_port_that_is_opened_on_request_keeps_no_service_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_port_owner", lambda number: ("nginx (process 7)", False))
+    monkeypatch.setattr(doctor, "port_owner", lambda number: ("nginx (process 7)", False))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         check = doctor.port("Triton HTTP", taken.getsockname()[1])
     assert (check.status, check.detail) == ("warn", "wanted for Triton HTTP, taken by nginx (process 7)")

@@ -42,6 +42,12 @@ def test_a_model_without_a_configuration_needs_gpus(tmp_path: Path) -> None:
     assert repository.needs_gpus(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "a\0b"])
+def test_a_model_is_named_as_a_folder_can_be(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="a model cannot be named"):
+        repository.single_model(tmp_path, "/models/first", name, {})
+
+
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_what_is_no_repository_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty" / "model").mkdir(parents=True)

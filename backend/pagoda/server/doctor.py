@@ -164,7 +164,7 @@ def port(name: str, number: int) -> Check:
     label = f"Port {number}"
     if _is_free(number):
         return Check(label, "ok", f"free for {name}")
-    owner, ours = _port_owner(number)
+    owner, ours = port_owner(number)
     if ours:
         return Check(label, "warn", f"{name}: a Pagoda seems to run, {owner}", "`pagoda stop` ends it.")
     remedy = f"End what uses it (`ss -ltnp 'sport = :{number}'` shows it), or give {name} another port."
@@ -329,7 +329,7 @@ def _is_free(number: int) -> bool:
     return True
 
 
-def _port_owner(number: int) -> tuple[str, bool]:
+def port_owner(number: int) -> tuple[str, bool]:
     """Who listens on the port, in words, and whether that is a part of Pagoda."""
     try:
         import psutil

@@ -12,7 +12,12 @@ from pagoda.errors import ConfigError
 
 
 def single_model(folder: Path, model: str, name: str, parameters: dict[str, str]) -> Path:
-    """A repository with one model, whose config.pbtxt is complete, for `pagoda serve --model`."""
+    """A repository with one model, whose config.pbtxt is complete, for `pagoda serve --model`.
+
+    Raises ConfigError for a name that no folder can have.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ConfigError(f"a model cannot be named {name!r}: choose a --served-model-name without a slash")
     version = folder / name / "1"
     version.mkdir(parents=True)
     (folder / name / "config.pbtxt").write_text(config_text({"model": model, **parameters}), "utf-8")

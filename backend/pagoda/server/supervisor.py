@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from pagoda.errors import ConfigError
 from pagoda.registry import LOST_SILENCE, Registry
+from pagoda.server.doctor import port_owner
 from pagoda.server.processes import FrontendWorker, TritonServer, sweep_regions
 from pagoda.server.settings import Instance, ServeSettings, holding, instance_file, read_instance, write_instance
 from pagoda.server.triton_runtime import assemble
@@ -75,8 +77,10 @@ class Supervisor:
     async def _serve(self) -> None:
         with self._listen() as listener:
             s = self.settings
-            for port in (s.grpc_port, s.metrics_port, *([s.http_port] if s.triton_http else [])):
-                _check_port(port)
+            _check_port(s.grpc_port, "--grpc-port")
+            _check_port(s.metrics_port, "--metrics-port")
+            if s.triton_http:
+                _check_port(s.http_port, "--http-port")
             self.triton = TritonServer(assemble(self._scratch / "triton"), self.settings, self._scratch, self.secret)
             self._client = Triton(f"127.0.0.1:{self.settings.grpc_port}", self.secret)
             self.registry = Registry(self._client, "supervisor")
@@ -118,9 +122,7 @@ class Supervisor:
             listener.bind((self.settings.host, self.settings.port))
         except OSError as error:
             listener.close()
-            raise ConfigError(
-                f"port {self.settings.port} cannot be used: {error.strerror}; choose another with --port"
-            ) from None
+            raise _unusable(self.settings.port, "--port", error) from None
         listener.listen(4096)
         return listener
 
@@ -225,15 +227,18 @@ class Supervisor:
         instance_file(self.settings.run_folder).unlink(missing_ok=True)
 
 
-def _check_port(port: int) -> None:
+def _check_port(port: int, option: str) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ConfigError(
-                f"port {port} cannot be used: {error.strerror}; `pagoda doctor` shows who holds it"
-            ) from None
+            raise _unusable(port, option, error) from None
+
+
+def _unusable(port: int, option: str, error: OSError) -> ConfigError:
+    holder = f" by {port_owner(port)[0]}" if error.errno == errno.EADDRINUSE else ""
+    return ConfigError(f"port {port} cannot be used: {error.strerror}{holder}; choose another with {option}")
 
 
 def _tail(file: Path, lines: int = 15) -> str:
