@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ class Child:
         python = Path(sys.prefix) / "bin" / "python3"
         self._words, its_end = os.pipe()
         os.set_blocking(self._words, False)
-        command = [str(python), "-m", module, str(its_end)]
+        command = [str(python), "-m", module, str(its_end), str(os.getppid())]
         environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **gpus.shown(os.environ, gpu)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, cwd=directory, env=environment, pass_fds=[its_end]
@@ -82,11 +83,22 @@ class Child:
 
 
 def die_with_parent() -> None:
-    """In the child, once its start is read: end at once when standard input does."""
+    """In the child, once its start is read: end at once when standard input does, or when our parent's parent does.
+
+    A stub that waits for tritonserver, for a metric, say, when that is killed would wait for ever, and hold us: so it
+    is ended from here.
+    """
+    parent = os.pidfd_open(os.getppid())
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
-            pass
+        poller = select.poll()
+        poller.register(sys.stdin, select.POLLIN)
+        with contextlib.suppress(ProcessLookupError):
+            poller.register(grandparent := os.pidfd_open(int(sys.argv[2])), select.POLLIN)
+            while grandparent not in dict(poller.poll()):
+                if not os.read(sys.stdin.fileno(), 4096):
+                    os._exit(0)
+            signal.pidfd_send_signal(parent, signal.SIGKILL)
         os._exit(0)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -130,11 +130,15 @@ def test_a_port_of_tritons_that_is_taken_is_named_before_anything_starts(
     assert "tritonserver started" not in done.stdout
 
 
-def test_without_its_supervisor_a_killed_tritonserver_leaves_no_engine(own_service: Service) -> None:
+@pytest.mark.parametrize("stub", ["free", "stuck"])
+def test_without_its_supervisor_a_killed_tritonserver_leaves_no_engine(own_service: Service, stub: str) -> None:
     with other_client(own_service, 4):
         (triton,) = own_service.pids("bin/tritonserver")
         below = [p.pid for p in psutil.Process(triton).children(recursive=True)]
         own_service.process.send_signal(signal.SIGSTOP)  # nobody sweeps
+        if stub == "stuck":  # as when it waits for an answer of tritonserver's
+            (waiting,) = own_service.pids("python_backend_stub")
+            os.kill(waiting, signal.SIGSTOP)
         os.kill(triton, signal.SIGKILL)
         try:
             wait_for(lambda: not any(alive(pid) for pid in below), 5, "the stub and the engine to end")
