@@ -94,14 +94,26 @@ def _own_words(reason: str) -> str:
     return raised[1] if raised else reason
 
 
+def _ended_by_triton() -> contextlib.AbstractContextManager[None]:
+    """What may be done to a stream that has ended, without knowing."""
+    return contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError)
+
+
 class GrpcSession:
-    """A session over a stream of Triton's, with its pings. `run` lasts as long as the session."""
+    """A session over two streams of Triton's, with its pings. `run` lasts as long as the session.
+
+    One opens it and brings what the engine sends, the other takes all further frames. Once an unload is wanted, Triton
+    answers a frame by an error, and on a stream that brings a decoupled request's responses it may write both at once,
+    which ends the whole server (`proto_buffer_writer.h: ASSERTION FAILED: !byte_buffer->Valid()`, 24.10).
+    """
 
     def __init__(self, triton: Triton, model: str, client: str) -> None:
         self.model = model
         self.session = Session(client, self._queue_frame)
         self._triton = triton
         self._frames: asyncio.Queue[wire.Frame | None] = asyncio.Queue()
+        self._is_open = asyncio.Event()
+        """The engine has answered, or never will: frames that follow the first find the session known."""
 
     def _queue_frame(self, frame: wire.Frame) -> None:
         self._frames.put_nowait(frame)
@@ -114,9 +126,8 @@ class GrpcSession:
         pinger = asyncio.create_task(self._ping())
         try:
             async for payload in self._payloads(call):
+                self._is_open.set()
                 self.session.feed(payload)
-                if self.session.state == "closed":
-                    self._frames.put_nowait(None)
         except grpc.aio.AioRpcError as error:
             self.session.lost(f"the connection to Triton ended: {error.details()}")
         except Exception:
@@ -124,7 +135,9 @@ class GrpcSession:
         finally:
             self.session.lost("the connection to Triton ended")
             pinger.cancel()
-            writer.cancel()
+            self._is_open.set()
+            self._frames.put_nowait(None)
+            await writer
 
     async def _payloads(self, call: Any) -> AsyncIterator[bytes]:
         async for response in call:
@@ -136,15 +149,29 @@ class GrpcSession:
 
     def _refused(self, message: str) -> None:
         """Triton takes no more frames of this session: an unload was asked for. What runs may still finish."""
-        if self.session.is_writable:
+        if self.session.is_writable and self.session.state != "closed":
             log.info("session of model %s takes no more frames: %s", self.model, message)
             self.session.stop_writing("the model is being unloaded")
 
-    async def _write(self, call: Any) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+    async def _write(self, opening: Any) -> None:
+        if (first := await self._frames.get()) is not None:
+            with _ended_by_triton():
+                await opening.write(self._request(first))
+                await opening.done_writing()
+        await self._is_open.wait()
+        further = self._triton.stream()
+        reader = asyncio.create_task(self._read_refusals(further))
+        with _ended_by_triton():
             while (frame := await self._frames.get()) is not None:
-                await call.write(self._request(frame))
-            await call.done_writing()
+                await further.write(self._request(frame))
+            await further.done_writing()
+        await reader  # a stream that nobody reads any more would be cancelled
+
+    async def _read_refusals(self, call: Any) -> None:
+        with _ended_by_triton():
+            async for response in call:
+                if response.error_message:
+                    self._refused(response.error_message)
 
     def _request(self, frame: wire.Frame) -> Any:
         payload = wire.encode(frame)
