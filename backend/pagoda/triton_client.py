@@ -35,6 +35,8 @@ CHANNEL_OPTIONS = [
 ]
 CALL_TIMEOUT = 5.0
 """Seconds for a call about the repository."""
+DRAIN_TIMEOUT = 0.5
+"""Seconds that a session which has ended waits for the stream of its frames to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Triton:
     def __init__(self, address: str, secret: str | None = None) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._draining: set[asyncio.Task[None]] = set()
         self._metadata = ((SECRET_HEADER, secret),) if secret else ()
 
     async def close(self) -> None:
@@ -58,6 +61,15 @@ class Triton:
     def stream(self) -> Any:
         """A bidirectional ModelStreamInfer call."""
         return self._stub.ModelStreamInfer(metadata=self._metadata)
+
+    async def drain(self, writer: asyncio.Task[None]) -> None:
+        """Wait for a session's frames to be answered, which is normally at once.
+
+        A dead stub answers none until Triton is started again: nobody waits for that, and nobody cancels it.
+        """
+        self._draining.add(writer)
+        writer.add_done_callback(self._draining.discard)
+        await asyncio.wait([writer], timeout=DRAIN_TIMEOUT)
 
     async def models(self) -> list[ModelState]:
         """Every model in the repository. As every call here: raises EngineUnavailable when the server does not answer,
@@ -137,7 +149,7 @@ class GrpcSession:
             pinger.cancel()
             self._is_open.set()
             self._frames.put_nowait(None)
-            await writer
+            await self._triton.drain(writer)
 
     async def _payloads(self, call: Any) -> AsyncIterator[bytes]:
         async for response in call:
