@@ -1,4 +1,6 @@
-"""A small tokenizer's folder: byte-level, so that characters may be split, with a chat template and control tokens."""
+"""A small tokenizer's folder: byte-level, so that characters may be split, with a chat template and control tokens.
+
+And an engine that knows few words of it."""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from frontend.fake_engine import FakeEngine
 from pagoda.text.decoding import byte_alphabet
 from pagoda.text.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -45,3 +48,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture
+async def engine(folder: Path, tokenizer: Tokenizer) -> FakeEngine:
+    """Answer i says "Hello", then i times " Paris"."""
+    hello, paris = tokenizer.encode("Hello"), tokenizer.encode(" Paris")
+    return FakeEngine(folder, tokenizer.vocab_size, lambda asked, index: hello + index * paris)
