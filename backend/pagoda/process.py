@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from pagoda import logs, torch_settings
+from pagoda import logs, torch_settings, warm_up
 from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool
 from pagoda.child import die_with_parent, leave
@@ -34,6 +34,7 @@ def main() -> None:
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineStart)
     die_with_parent()
     torch_settings.apply()
+    warm_up.begin(start.config.device)
     sessions = Sessions(start.address)
     sessions.start()
     reason, status = "the engine was stopped", 0

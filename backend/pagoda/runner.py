@@ -69,8 +69,6 @@ class Runner:
         if config.batch_invariant:
             check_batch_invariant(self.device, self.dtype)
         self.ops = pagoda_kernels.for_device(self.device, batch_invariant=config.batch_invariant)
-        self.sampler = Sampler(self.ops, self.device, hf_config.vocab_size)
-        self.rows = Rows(config.max_num_seqs, -(-max_model_len // config.block_size), self.device)
         eager = self.device.type == "cpu" or config.enforce_eager
         self.shapes = None
         if not eager:
@@ -87,6 +85,8 @@ class Runner:
 
     def _start(self, config: EngineConfig, hf_config: HFConfig, folder: Path, max_model_len: int) -> None:
         share = None if self.device.type == "cpu" else memory.Share(self.device, config.gpu_memory_utilization)
+        self.sampler = Sampler(self.ops, self.device, hf_config.vocab_size)
+        self.rows = Rows(config.max_num_seqs, -(-max_model_len // config.block_size), self.device)
         self.model = self._load(hf_config, folder, dummy=config.load_format == "dummy")
         self.rotary = Rotary(hf_config, max_model_len, self.device)
         block_bytes = hf_config.kv_elements_per_token * config.block_size * self.cache_dtype.itemsize
