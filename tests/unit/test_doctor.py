@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,13 @@ def test_numpy_2_is_refused_beside_the_wheel_only(version: str | None, container
 )
 def test_torch(version: str | None, status: str) -> None:
     assert doctor.torch(version).status == status
+
+
+def test_torch_without_bytecode_makes_each_start_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))  # where none has been compiled to
+    check = next(check for check in doctor.checks(ports={}) if check.name == "PyTorch")
+    assert check.status == "warn"
+    assert check.remedy.split(",")[0] == f"`{sys.executable} -m compileall -q {sysconfig.get_path('purelib')}`"
 
 
 @pytest.mark.parametrize(("version", "status"), [((3, 9), "fail"), ((3, 10), "ok"), ((3, 12), "ok"), ((3, 13), "fail")])

@@ -65,7 +65,7 @@ def checks(ports: Mapping[str, int] = DEFAULT_PORTS) -> list[Check]:
         libpython(),
         triton(wheel, sys.version_info[:2], container=container),
         numpy_abi(_version("numpy"), container=container),
-        torch(_version("torch")),
+        torch(_version("torch"), _uncompiled("torch")),
         gpu(_nvidia_smi()),
         cores(len(os.sched_getaffinity(0))),
         memory(_available_memory()),
@@ -231,13 +231,17 @@ def numpy_abi(version: str | None, *, container: bool) -> Check:
     return Check("NumPy", "ok", f"{version} suits {'this container' if container else 'the Triton wheel'}")
 
 
-def torch(version: str | None) -> Check:
+def torch(version: str | None, uncompiled: Path | None = None) -> Check:
+    """`uncompiled`: the folder of packages, if each start of an engine has to compile those sources, some 2 s."""
     needed = _dotted(MIN_TORCH)
     if version is None:
         remedy = f"`pip install 'torch>={needed}'` where the engine runs; a machine with the frontend alone needs none."
         return Check("PyTorch", "fail", "not installed", remedy)
     if _numbers(version) < MIN_TORCH:
         return Check("PyTorch", "fail", f"{version} is too old", f"`pip install 'torch>={needed}'`")
+    if uncompiled is not None:
+        remedy = f"`{sys.executable} -m compileall -q {uncompiled}`, or each start does it again, some 2 s longer."
+        return Check("PyTorch", "warn", f"{version}, without compiled bytecode", remedy)
     return Check("PyTorch", "ok", version)
 
 
@@ -253,6 +257,14 @@ def models(stored: list[store.StoredModel]) -> Check:
 
 
 # Measuring
+
+
+def _uncompiled(package: str) -> Path | None:
+    """The folder of packages that holds this one, if there is no bytecode of it on the disk, as pip leaves it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None or Path(importlib.util.cache_from_source(spec.origin)).exists():
+        return None
+    return Path(spec.origin).parents[1]
 
 
 def _version(package: str) -> str | None:
