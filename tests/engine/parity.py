@@ -143,3 +143,7 @@ def assert_parity(
 def steady(values: list[float], count: int) -> list[float]:
     """`count` numbers that repeat `values`."""
     return list(itertools.islice(itertools.cycle(values), count))
+
+
+def rms(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -66,7 +66,3 @@ def assert_means(model: PreTrainedModel, folder: Path, numbers: dict[str, Tensor
     clear = likeliest - second > 2 * error * expected.abs().max()
     assert clear.sum() >= (4 if form.rounds_inputs else len(tokens))
     assert torch.tensor(tokens)[clear].equal(scores.argmax(dim=1)[clear])
-
-
-def rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())

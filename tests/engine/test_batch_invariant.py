@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.families import FAMILIES
 from engine.parity import SHAPE, save
-from engine.test_models import FAMILIES
 from pagoda import config, hf_config
 from pagoda.allocation import BlockAllocator
 from pagoda.batch import Layout

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from engine.families import FAMILIES, Family
 from engine.parity import PROMPT, expected_logits
-from engine.test_models import FAMILIES, Family
 from pagoda import config, hf_config
 from pagoda.allocation import BlockAllocator
 from pagoda.block_pool import BlockPool

@@ -9,9 +9,9 @@ from pathlib import Path
 import pagoda_kernels
 import pytest
 import torch
-from engine.parity import CPU, MAX_MODEL_LEN, PROMPT, SHAPE, Paged, expected_logits, save
+from engine.parity import CPU, MAX_MODEL_LEN, PROMPT, SHAPE, Paged, expected_logits, rms, save
 from engine.quantised import AWQ, FORMATS, FP8_BY_CHANNEL, GPTQ, Format, quantise_folder
-from engine.quantised_parity import WIDE, assert_means, rms
+from engine.quantised_parity import WIDE, assert_means
 from engine.quantised_parity import plain as plain
 from pagoda import dummy_weights, hf_config, models, weights
 from pagoda.layers import Linear

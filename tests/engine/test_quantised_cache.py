@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine.parity import BLOCK_SIZE, CPU, MAX_MODEL_LEN, PROMPT, SHAPE, Paged, difference, expected_logits
+from engine.parity import BLOCK_SIZE, CPU, MAX_MODEL_LEN, PROMPT, SHAPE, Paged, difference, expected_logits, rms
 from engine.quantised import FORMATS, FP8_BY_CHANNEL, quantise_folder
-from engine.quantised_parity import FP8_TOLERANCE, WIDE, rms
+from engine.quantised_parity import FP8_TOLERANCE, WIDE
 from engine.quantised_parity import plain as plain
 from engine.test_models_batched import generate
 from pagoda import config, hf_config
