@@ -13,8 +13,9 @@ from pagoda.bench.alone import Alone
 from pagoda.bench.cli import app
 from pagoda.bench.floor import Floor
 from pagoda.bench.machine import Machine
-from pagoda.bench.profile import ClockedRunner, decode, prefill
+from pagoda.bench.profile import WARM_UP, ClockedRunner, decode, mixed, prefill
 from pagoda.config import EngineConfig
+from pagoda.errors import ConfigError
 from pagoda.plan import Chunk, Plan
 from pagoda.request import Request
 from pagoda.sampling_params import SamplingParams
@@ -89,11 +90,29 @@ def test_quantised_weights_and_caches_have_a_lower_floor(folder: Path, settings:
 
 def test_the_phases_of_a_step_add_up(folder: Path, settings: EngineConfig) -> None:
     engine = Alone(settings, folder, ClockedRunner)
-    for profile in (decode(engine, 3, 20, 4), prefill(engine, 16, 50)):
+    for profile in (decode(engine, 3, 20, 4), mixed(engine, 3, 20, 4), prefill(engine, 16, 50)):
         named = sum(phase.milliseconds for phase in profile.host)
         assert 0.8 * profile.milliseconds < named <= profile.milliseconds
         assert {"schedule", "launch: forward", "update"} <= {phase.name for phase in profile.host}
         assert "matrix products" in {phase.name for phase in profile.device}
+
+
+def test_mixed_steps_are_full(folder: Path, settings: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Alone(msgspec.structs.replace(settings, max_num_seqs=11), folder, ClockedRunner)
+    launch, sizes = engine.runner.launch, list[int]()
+    monkeypatch.setattr(engine.runner, "launch", lambda plan: sizes.append(plan.num_tokens) or launch(plan))
+    mixed(engine, 3, 100, 4)
+    assert sizes.count(engine.runner.max_num_mixed_tokens) >= WARM_UP + 2 * 4
+
+
+def test_a_profile_names_the_setting_that_stands_in_its_way(folder: Path, settings: EngineConfig) -> None:
+    engine = Alone(msgspec.structs.replace(settings, max_num_seqs=11), folder, ClockedRunner)
+    with pytest.raises(ConfigError, match="max_num_seqs 11 is below the 12 requests of 4 decodes and two steps'"):
+        mixed(engine, 4, 100, 4)
+    with pytest.raises(ConfigError, match="max_num_seqs 11 is below the 12 requests that are to decode"):
+        decode(engine, 12, 20, 4)
+    with pytest.raises(ConfigError, match="max_num_batched_tokens 256 makes 2 prompts of 50 tokens fewer than three"):
+        prefill(engine, 2, 50)
 
 
 def test_shared_prompts_begin_alike() -> None:

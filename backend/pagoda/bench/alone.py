@@ -98,8 +98,8 @@ class _Recorder:
         return self._runner.use_idle_moment()
 
 
-def requests(loads: list[Load]) -> list[Request]:
+def requests(loads: list[Load], session: str = "bench") -> list[Request]:
     params = SamplingParams(temperature=0, ignore_eos=True)
     return [
-        Request(("bench", i), load.prompt_ids, params, load.num_output, frozenset(), 0) for i, load in enumerate(loads)
+        Request((session, i), load.prompt_ids, params, load.num_output, frozenset(), 0) for i, load in enumerate(loads)
     ]

@@ -265,7 +265,7 @@ def profile(model: Model = store.DEFAULT_MODEL, parameters: Parameters = None, j
     """Where the time of a step goes: the engine's phases on the host, groups of kernels on the device."""
     torch_settings.apply()
     from pagoda.bench.alone import Alone
-    from pagoda.bench.profile import ClockedRunner, decode, prefill
+    from pagoda.bench.profile import ClockedRunner, decode, mixed, prefill
 
     with _settings(model, parameters) as (settings, folder), _bar() as bar:
         task = bar.add_task("start")
@@ -276,6 +276,8 @@ def profile(model: Model = store.DEFAULT_MODEL, parameters: Parameters = None, j
         for count in decodes:
             bar.update(task, description=f"decode, {count} at a time")
             profiles.append(decode(engine, count, length, steps))
+        bar.update(task, description="mixed")
+        profiles.append(mixed(engine, *((8, 64, 4) if small else (128, 512, steps))))
         bar.update(task, description="prefill")
         profiles.append(prefill(engine, *((8, 128) if small else (32, 2048))))
     for p in profiles:

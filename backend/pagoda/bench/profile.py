@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pagoda.batch import Layout
+from pagoda.bench import loads
 from pagoda.bench.alone import Alone, requests
-from pagoda.bench.loads import mixed
+from pagoda.bench.loads import Load
+from pagoda.errors import ConfigError
 from pagoda.plan import Collected, Plan
 from pagoda.runner import Launched, Runner
 from pagoda.sampler import Draw
@@ -35,6 +37,8 @@ GROUPS = (
     ("copies", r"memcpy|memset|copy|to_copy|index"),
 )
 """Kernels (operations on a CPU) by the first pattern that their lower-case names hold; the rest is `other`."""
+WARM_UP = 4
+"""Steps."""
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -121,42 +125,81 @@ class Stepper:
             with self.clock.phase("update"):
                 self.scheduler.update(launched.plan, collected.token_ids, collected.logprobs)
 
+    def until_all_decode(self) -> None:
+        while any(not request.is_decoding for request in self.scheduler.requests.values()):
+            self.step()
+
     def drain(self) -> None:
         while self.scheduler.requests or self.in_flight:
             self.step()
 
 
 def decode(engine: Alone, count: int, context: int, steps: int) -> StepProfile:
-    """Decode steps of `count` requests with `context` tokens and more: `steps` timed, then as many profiled."""
+    """Decode steps of `count` requests with `context` tokens and more: `steps` timed, then as many profiled.
+
+    This and the others raise ConfigError, naming the setting, for an engine whose steps cannot be such.
+    """
     # The first to decode must not end before the last prompts are computed, beside them, and all steps are measured.
-    room = engine.runner.max_num_mixed_tokens - count
-    if room < 1:
-        raise ValueError(f"{count} decodes leave no room for prompts: set max_num_mixed_tokens above {count}")
-    until_all_decode = -(-count * context // room)
-    stepper = _stepper(engine, count, context, until_all_decode + 2 * steps + 8)
-    while any(not request.is_decoding for request in stepper.scheduler.requests.values()):
-        stepper.step()
+    until_all_decode = -(-count * context // _room_for_prompts(engine, count))
+    stepper = _stepper(engine, _equal(engine, count, context, until_all_decode + 2 * steps + 2 * WARM_UP))
+    stepper.until_all_decode()
     return _measure(engine, stepper, f"decode, {count} × {context}", steps)
 
 
-def prefill(engine: Alone, count: int, length: int) -> StepProfile:
-    """The full steps that compute the prompts of `count` requests: at least three, of which the first is not counted.
+def mixed(engine: Alone, count: int, length: int, steps: int) -> StepProfile:
+    """Full mixed steps: decodes of `count` requests with `length` tokens and more, beside prompts of as many."""
+    room = _room_for_prompts(engine, count)
+    needed = count + 2 * (-(-room // length) + 1)  # a prompt that has been computed stays for a step
+    if needed > engine.config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_seqs {engine.config.max_num_seqs} is below the {needed} requests of {count} decodes and two "
+            "steps' prompts: raise it"
+        )
+    until_all_decode = -(-count * length // room)
+    decodes = _equal(engine, count, length, until_all_decode + 2 * steps + 2 * WARM_UP)
+    prompts = _equal(engine, -(-(2 * steps + 2 * WARM_UP) * room // length), length, 1)
+    stepper = _stepper(engine, decodes, prompts)
+    stepper.until_all_decode()
+    for request in requests(prompts, "prompts"):
+        stepper.scheduler.add(request)
+    for _ in range(WARM_UP):  # a mixed step's graph is captured when it is needed again
+        stepper.step()
+    tokens = engine.runner.max_num_mixed_tokens
+    return _measure(engine, stepper, f"mixed, {tokens} tokens, {count} × {length} of them decodes", steps)
 
-    Raises ValueError when there are fewer.
-    """
-    steps = (count * length // engine.runner.max_num_batched_tokens - 1) // 2
+
+def prefill(engine: Alone, count: int, length: int) -> StepProfile:
+    """The full steps that compute the prompts of `count` requests: three or more, of which the first is not counted."""
+    budget = engine.runner.max_num_batched_tokens
+    steps = (count * length // budget - 1) // 2
     if steps < 1:
-        raise ValueError(f"{count} prompts of {length} tokens are fewer than three steps: take more or longer ones")
-    stepper = _stepper(engine, count, length, 1)
+        raise ConfigError(
+            f"max_num_batched_tokens {budget} makes {count} prompts of {length} tokens fewer than three steps: lower it"
+        )
+    stepper = _stepper(engine, _equal(engine, count, length, 1))
     stepper.step()
     return _measure(engine, stepper, f"prefill, {count} × {length}", steps)
 
 
-def _stepper(engine: Alone, count: int, length: int, output: int) -> Stepper:
+def _room_for_prompts(engine: Alone, count: int) -> int:
+    """Tokens of a step beside `count` decodes."""
+    most, tokens = engine.config.max_num_seqs, engine.runner.max_num_mixed_tokens
+    if count > most:
+        raise ConfigError(f"max_num_seqs {most} is below the {count} requests that are to decode: raise it")
+    if count >= tokens:
+        raise ConfigError(f"max_num_mixed_tokens {tokens} has no room for prompts beside {count} decodes: raise it")
+    return tokens - count
+
+
+def _equal(engine: Alone, count: int, length: int, output: int) -> list[Load]:
     vocab_size = engine.model.vocab_size
-    loads = mixed(count, inputs=(length, length), outputs=(output, output), vocab_size=vocab_size)
-    scheduler = engine.scheduler(loads)
-    for request in requests(loads):
+    return loads.mixed(count, inputs=(length, length), outputs=(output, output), vocab_size=vocab_size)
+
+
+def _stepper(engine: Alone, first: list[Load], later: Sequence[Load] = ()) -> Stepper:
+    """With the first ones' requests in its queue, and room there for the later ones'."""
+    scheduler = engine.scheduler([*first, *later])
+    for request in requests(first):
         scheduler.add(request)
     clock = engine.runner.clock if isinstance(engine.runner, ClockedRunner) else Clock()
     return Stepper(engine, scheduler, clock)
