@@ -98,11 +98,13 @@ def test_the_phases_of_a_step_add_up(folder: Path, settings: EngineConfig) -> No
 
 
 def test_mixed_steps_are_full(folder: Path, settings: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Alone(msgspec.structs.replace(settings, max_num_seqs=11), folder, ClockedRunner)
-    launch, sizes = engine.runner.launch, list[int]()
-    monkeypatch.setattr(engine.runner, "launch", lambda plan: sizes.append(plan.num_tokens) or launch(plan))
-    mixed(engine, 3, 100, 4)
-    assert sizes.count(engine.runner.max_num_mixed_tokens) >= WARM_UP + 2 * 4
+    engine = Alone(msgspec.structs.replace(settings, max_num_seqs=24), folder, ClockedRunner)
+    launch, steps = engine.runner.launch, list[tuple[int, int]]()
+    monkeypatch.setattr(
+        engine.runner, "launch", lambda plan: steps.append((plan.num_tokens, plan.num_decodes)) or launch(plan)
+    )
+    mixed(engine, 16, 100, 4)
+    assert steps.count((engine.runner.max_num_mixed_tokens, 16)) >= WARM_UP + 2 * 4
 
 
 def test_a_profile_names_the_setting_that_stands_in_its_way(folder: Path, settings: EngineConfig) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import stat
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -75,11 +75,21 @@ def test_torch(version: str | None, status: str) -> None:
     assert doctor.torch(version).status == status
 
 
-def test_torch_without_bytecode_makes_each_start_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_whose_bytecode_is_never_written_makes_each_start_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> Check:
+        return next(check for check in doctor.checks(ports={}) if check.name == "PyTorch")
+
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))  # where none has been compiled to
-    check = next(check for check in doctor.checks(ports={}) if check.name == "PyTorch")
-    assert check.status == "warn"
-    assert check.remedy.split(",")[0] == f"`{sys.executable} -m compileall -q {sysconfig.get_path('purelib')}`"
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert check().status == "ok", "the first start writes it"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert check().status == "warn"
+    assert check().remedy.split(",")[0] == f"`{sys.executable} -m compileall -q {Path(torch.origin).parents[1]}`"
 
 
 @pytest.mark.parametrize(("version", "status"), [((3, 9), "fail"), ((3, 10), "ok"), ((3, 12), "ok"), ((3, 13), "fail")])

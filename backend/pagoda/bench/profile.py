@@ -137,7 +137,7 @@ class Stepper:
 def decode(engine: Alone, count: int, context: int, steps: int) -> StepProfile:
     """Decode steps of `count` requests with `context` tokens and more: `steps` timed, then as many profiled.
 
-    This and the others raise ConfigError, naming the setting, for an engine whose steps cannot be such.
+    Raises ConfigError when the engine's steps have no room for them.
     """
     # The first to decode must not end before the last prompts are computed, beside them, and all steps are measured.
     until_all_decode = -(-count * context // _room_for_prompts(engine, count))
@@ -147,7 +147,10 @@ def decode(engine: Alone, count: int, context: int, steps: int) -> StepProfile:
 
 
 def mixed(engine: Alone, count: int, length: int, steps: int) -> StepProfile:
-    """Full mixed steps: decodes of `count` requests with `length` tokens and more, beside prompts of as many."""
+    """Full mixed steps: decodes of `count` requests with `length` tokens and more, beside prompts of `length`.
+
+    Raises ConfigError when the engine has no room for them.
+    """
     room = _room_for_prompts(engine, count)
     needed = count + 2 * (-(-room // length) + 1)  # a prompt that has been computed stays for a step
     if needed > engine.config.max_num_seqs:
@@ -157,7 +160,7 @@ def mixed(engine: Alone, count: int, length: int, steps: int) -> StepProfile:
         )
     until_all_decode = -(-count * length // room)
     decodes = _equal(engine, count, length, until_all_decode + 2 * steps + 2 * WARM_UP)
-    prompts = _equal(engine, -(-(2 * steps + 2 * WARM_UP) * room // length), length, 1)
+    prompts = _equal(engine, -(-(2 * steps + 2 * WARM_UP) * room // length), length, 1, seed=1)
     stepper = _stepper(engine, decodes, prompts)
     stepper.until_all_decode()
     for request in requests(prompts, "prompts"):
@@ -169,7 +172,10 @@ def mixed(engine: Alone, count: int, length: int, steps: int) -> StepProfile:
 
 
 def prefill(engine: Alone, count: int, length: int) -> StepProfile:
-    """The full steps that compute the prompts of `count` requests: three or more, of which the first is not counted."""
+    """The full steps that compute the prompts of `count` requests, without the first.
+
+    Raises ConfigError when there are fewer than three.
+    """
     budget = engine.runner.max_num_batched_tokens
     steps = (count * length // budget - 1) // 2
     if steps < 1:
@@ -191,9 +197,10 @@ def _room_for_prompts(engine: Alone, count: int) -> int:
     return tokens - count
 
 
-def _equal(engine: Alone, count: int, length: int, output: int) -> list[Load]:
+def _equal(engine: Alone, count: int, length: int, output: int, seed: int = 0) -> list[Load]:
+    """Of another seed they have nothing in common that the prefix cache could spare."""
     vocab_size = engine.model.vocab_size
-    return loads.mixed(count, inputs=(length, length), outputs=(output, output), vocab_size=vocab_size)
+    return loads.mixed(count, inputs=(length, length), outputs=(output, output), vocab_size=vocab_size, seed=seed)
 
 
 def _stepper(engine: Alone, first: list[Load], later: Sequence[Load] = ()) -> Stepper:

@@ -240,8 +240,8 @@ def torch(version: str | None, uncompiled: Path | None = None) -> Check:
     if _numbers(version) < MIN_TORCH:
         return Check("PyTorch", "fail", f"{version} is too old", f"`pip install 'torch>={needed}'`")
     if uncompiled is not None:
-        remedy = f"`{sys.executable} -m compileall -q {uncompiled}`, or each start does it again, some 2 s longer."
-        return Check("PyTorch", "warn", f"{version}, without compiled bytecode", remedy)
+        remedy = f"`{sys.executable} -m compileall -q {uncompiled}`, once: each start does it again, some 2 s longer."
+        return Check("PyTorch", "warn", f"{version}, without compiled bytecode, and no start may write any", remedy)
     return Check("PyTorch", "ok", version)
 
 
@@ -260,11 +260,12 @@ def models(stored: list[store.StoredModel]) -> Check:
 
 
 def _uncompiled(package: str) -> Path | None:
-    """The folder of packages that holds this one, if there is no bytecode of it on the disk, as pip leaves it."""
+    """The folder of packages that holds this one, where its bytecode is not there and Python may not write it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None or Path(importlib.util.cache_from_source(spec.origin)).exists():
         return None
-    return Path(spec.origin).parents[1]
+    folder = Path(spec.origin).parent
+    return folder.parent if sys.dont_write_bytecode or not os.access(folder, os.W_OK) else None
 
 
 def _version(package: str) -> str | None:
