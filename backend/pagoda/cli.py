@@ -71,10 +71,10 @@ def serve(
     model_repository: Annotated[Path | None, typer.Option(help="Serve every model of a Triton repository.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name of --model in the API.")] = None,
     host: Annotated[str, typer.Option(help="Address of the frontend; 0.0.0.0 opens it to others.")] = "127.0.0.1",
-    port: Port = 9000,
-    grpc_port: GrpcPort = 8001,
-    metrics_port: MetricsPort = 8002,
-    http_port: HttpPort = 8000,
+    port: Port = service.PORT,
+    grpc_port: GrpcPort = service.GRPC_PORT,
+    metrics_port: MetricsPort = service.METRICS_PORT,
+    http_port: HttpPort = service.HTTP_PORT,
     triton_http: Annotated[bool, typer.Option("--triton-http", help="Open Triton's HTTP port, on loopback.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Frontend processes.")] = 2,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Engine parameter of --model, as name=value.")] = None,
@@ -328,12 +328,15 @@ def _ask() -> str:
 
 @app.command()
 def doctor(
-    port: Port = 9000, grpc_port: GrpcPort = 8001, metrics_port: MetricsPort = 8002, http_port: HttpPort = 8000
+    port: Port = service.PORT,
+    grpc_port: GrpcPort = service.GRPC_PORT,
+    metrics_port: MetricsPort = service.METRICS_PORT,
+    http_port: HttpPort = service.HTTP_PORT,
 ) -> None:
     """Check this machine: what is there, what is missing, and how to mend it. The ports are those given to serve."""
-    from pagoda.server.doctor import DEFAULT_PORTS, checks
+    from pagoda.server.doctor import checks, service_ports
 
-    found = checks(dict(zip(DEFAULT_PORTS, (port, grpc_port, metrics_port, http_port), strict=True)))
+    found = checks(service_ports(port, grpc_port, metrics_port, http_port))
     marks = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
     for check in found:
         console.print(f"{marks[check.status]}  [bold]{check.name}[/bold]: {escape(check.detail)}", markup=True)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pagoda import sampling_params
 from pagoda.errors import InvalidRequest
-from pagoda.sampling_params import RANGES, SamplingParams, check_beside_structure, check_range, require
+from pagoda.sampling_params import RANGES, SamplingParams, check_range, require
 from pagoda.text.bad_words import bad_word_ids
 from pagoda.text.parameters import check_stops
 from pagoda.text.structured_outputs import structure_of
@@ -114,8 +114,6 @@ def _params(
 ) -> SamplingParams:
     base = model.facts.default_params
     structure = structure_of(asked.response_format, asked.structured_outputs)
-    if structure is not None:  # here the words are still those of the client
-        check_beside_structure("bad_words", asked.bad_words)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=_either(asked.temperature, base.temperature),
@@ -131,7 +129,7 @@ def _params(
         repetition_penalty=_either(asked.repetition_penalty, base.repetition_penalty),
         logit_bias=bias_of(asked.logit_bias),
         allowed_token_ids=None if asked.allowed_token_ids is None else tuple(asked.allowed_token_ids),
-        bad_words=bad_word_ids(model.tokenizer, asked.bad_words or ()),
+        bad_words=bad_word_ids(model.tokenizer, asked.bad_words, structure),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         structure=structure,

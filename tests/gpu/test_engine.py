@@ -73,10 +73,10 @@ def prompts() -> list[list[int]]:
     return [*ids, [*ids[20][:100], 5, 6], [*ids[20][:64], 7]]
 
 
-def make_runner(folder: Path, **settings: object) -> Runner:
+def make_runner(folder: Path, max_len: int = MAX_LEN, **settings: object) -> Runner:
     given = {"model": str(folder), "dtype": "float32", "num_kv_blocks": 2000, "max_num_seqs": 24, **settings}
     config = EngineConfig(**given)  # type: ignore[arg-type]
-    return Runner(config, hf_config.load(folder), folder, MAX_LEN)
+    return Runner(config, hf_config.load(folder), folder, max_len)
 
 
 def generate(

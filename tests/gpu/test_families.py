@@ -8,9 +8,7 @@ import pytest
 import torch
 from engine.families import FAMILIES, GEMMA, MIXTURE, Family
 from engine.parity import TOLERANCE, Paged, rms
-from gpu.test_engine import GREEDY, generate
-from pagoda import hf_config
-from pagoda.config import EngineConfig
+from gpu.test_engine import GREEDY, generate, make_runner
 from pagoda.plan import Chunk, Plan
 from pagoda.request import Request, Status
 from pagoda.runner import Runner
@@ -33,18 +31,12 @@ LARGER_FAMILIES = (
 """With heads as real models have them, whose kernels in 16 bits are others."""
 
 
-def make_runner(folder: Path, **settings: object) -> Runner:
-    given = {"model": str(folder), "num_kv_blocks": 400, "max_num_seqs": 24, **settings}
-    config = EngineConfig(**given)  # type: ignore[arg-type]
-    return Runner(config, hf_config.load(folder), folder, MAX_LEN)
-
-
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_greedy_tokens_under_load_are_those_of_the_cpu(tmp_path: Path, family: Family) -> None:
     """But where two tokens lie so near each other that rounding decides."""
     family.save(tmp_path)
     runs = [
-        generate(make_runner(tmp_path, device=device, dtype="float32"), (GREEDY,), PROMPTS, burst=burst, budget=budget)
+        generate(make_runner(tmp_path, MAX_LEN, device=device), (GREEDY,), PROMPTS, burst=burst, budget=budget)
         for device, burst, budget in (("cpu", 20, 4096), ("cuda", 3, 96))
     ]
     (_, expected), (_, got) = runs
@@ -59,7 +51,7 @@ def test_greedy_tokens_under_load_are_those_of_the_cpu(tmp_path: Path, family: F
 def test_in_bfloat16_it_errs_no_more_than_the_cpu(tmp_path: Path, family: Family) -> None:
     family.save(tmp_path)
     exact, on_cpu, on_gpu = (
-        scores(make_runner(tmp_path, device=device, dtype=dtype))
+        scores(make_runner(tmp_path, MAX_LEN, device=device, dtype=dtype))
         for device, dtype in (("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "bfloat16"))
     )
     assert rms(on_gpu - exact) < 1.25 * rms(on_cpu - exact)

@@ -32,6 +32,11 @@ def mixed(
     return loads
 
 
+def equal(count: int, length: int, output: int, *, vocab_size: int, seed: int = 0) -> list[Load]:
+    """`count` requests of `length` tokens in and `output` out."""
+    return mixed(count, inputs=(length, length), outputs=(output, output), vocab_size=vocab_size, seed=seed)
+
+
 def shared(count: int, *, prefix: int, own: int, output: int, vocab_size: int, seed: int = 0) -> list[Load]:
     """`count` requests that begin with the same `prefix` tokens, and go on with `own` ones."""
     draw = random.Random(seed)
@@ -64,7 +69,7 @@ def is_named(load: OfflineLoad, start: str) -> bool:
 
 
 def _equal(count: int, length: int, output: int) -> Callable[[int], list[Load]]:
-    return lambda vocab_size: mixed(count, inputs=(length, length), outputs=(output, output), vocab_size=vocab_size)
+    return lambda vocab_size: equal(count, length, output, vocab_size=vocab_size)
 
 
 GPU_LOADS = (

@@ -15,9 +15,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pagoda.batch import Layout
-from pagoda.bench import loads
 from pagoda.bench.alone import Alone, requests
-from pagoda.bench.loads import Load
+from pagoda.bench.loads import Load, equal
 from pagoda.errors import ConfigError
 from pagoda.plan import Collected, Plan
 from pagoda.runner import Launched, Runner
@@ -38,7 +37,7 @@ GROUPS = (
 )
 """Kernels (operations on a CPU) by the first pattern that their lower-case names hold; the rest is `other`."""
 WARM_UP = 4
-"""Steps."""
+"""Steps of a kind before those that are measured."""
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -139,9 +138,7 @@ def decode(engine: Alone, count: int, context: int, steps: int) -> StepProfile:
 
     Raises ConfigError when the engine's steps have no room for them.
     """
-    # The first to decode must not end before the last prompts are computed, beside them, and all steps are measured.
-    until_all_decode = -(-count * context // _room_for_prompts(engine, count))
-    stepper = _stepper(engine, _equal(engine, count, context, until_all_decode + 2 * steps + 2 * WARM_UP))
+    stepper = _stepper(engine, _decodes(engine, count, context, steps))
     stepper.until_all_decode()
     return _measure(engine, stepper, f"decode, {count} × {context}", steps)
 
@@ -151,16 +148,16 @@ def mixed(engine: Alone, count: int, length: int, steps: int) -> StepProfile:
 
     Raises ConfigError when the engine has no room for them.
     """
-    room = _room_for_prompts(engine, count)
+    decodes, room = _decodes(engine, count, length, steps), _room_for_prompts(engine, count)
     needed = count + 2 * (-(-room // length) + 1)  # a prompt that has been computed stays for a step
     if needed > engine.config.max_num_seqs:
         raise ConfigError(
             f"max_num_seqs {engine.config.max_num_seqs} is below the {needed} requests of {count} decodes and two "
             "steps' prompts: raise it"
         )
-    until_all_decode = -(-count * length // room)
-    decodes = _equal(engine, count, length, until_all_decode + 2 * steps + 2 * WARM_UP)
-    prompts = _equal(engine, -(-(2 * steps + 2 * WARM_UP) * room // length), length, 1, seed=1)
+    # Of another seed: with the decodes' own tokens, the prefix cache would spare them.
+    many = -(-_most_steps(steps) * room // length)
+    prompts = equal(many, length, 1, vocab_size=engine.model.vocab_size, seed=1)
     stepper = _stepper(engine, decodes, prompts)
     stepper.until_all_decode()
     for request in requests(prompts, "prompts"):
@@ -182,9 +179,20 @@ def prefill(engine: Alone, count: int, length: int) -> StepProfile:
         raise ConfigError(
             f"max_num_batched_tokens {budget} makes {count} prompts of {length} tokens fewer than three steps: lower it"
         )
-    stepper = _stepper(engine, _equal(engine, count, length, 1))
+    stepper = _stepper(engine, equal(count, length, 1, vocab_size=engine.model.vocab_size))
     stepper.step()
     return _measure(engine, stepper, f"prefill, {count} × {length}", steps)
+
+
+def _decodes(engine: Alone, count: int, length: int, steps: int) -> list[Load]:
+    """The first must not end before the last prompts are computed, beside it, and all steps are measured."""
+    until_all_decode = -(-count * length // _room_for_prompts(engine, count))
+    return equal(count, length, until_all_decode + _most_steps(steps), vocab_size=engine.model.vocab_size)
+
+
+def _most_steps(steps: int) -> int:
+    """What it takes to measure so many: timed, then profiled, after a warm-up, and with some to spare."""
+    return 2 * steps + 2 * WARM_UP
 
 
 def _room_for_prompts(engine: Alone, count: int) -> int:
@@ -195,12 +203,6 @@ def _room_for_prompts(engine: Alone, count: int) -> int:
     if count >= tokens:
         raise ConfigError(f"max_num_mixed_tokens {tokens} has no room for prompts beside {count} decodes: raise it")
     return tokens - count
-
-
-def _equal(engine: Alone, count: int, length: int, output: int, seed: int = 0) -> list[Load]:
-    """Of another seed they have nothing in common that the prefix cache could spare."""
-    vocab_size = engine.model.vocab_size
-    return loads.mixed(count, inputs=(length, length), outputs=(output, output), vocab_size=vocab_size, seed=seed)
 
 
 def _stepper(engine: Alone, first: list[Load], later: Sequence[Load] = ()) -> Stepper:

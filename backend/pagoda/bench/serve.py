@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pagoda.bench.loads import CPU_LOADS, FIRST_ID, GPU_LOADS, HTTP_LOADS, Load, OfflineLoad, is_named, mixed, typed
+from pagoda.bench.loads import CPU_LOADS, FIRST_ID, GPU_LOADS, HTTP_LOADS, Load, OfflineLoad, equal, is_named, typed
 from pagoda.bench.serve_client import Client
 from pagoda.bench.serve_figures import Latencies, Result, summarise
 from pagoda.bench.serve_stream import Answer
@@ -123,7 +123,7 @@ async def drive(target: Target, requests: Sequence[Load], pace: Pace, done: Call
 
 async def probe(target: Target) -> None:
     """One short request, unmeasured, as a server's first may be slow. Raises ServerError when it is not answered."""
-    requests = mixed(1, inputs=(16, 16), outputs=(4, 4), vocab_size=target.vocab_size, seed=1)
+    requests = equal(1, 16, 4, vocab_size=target.vocab_size, seed=1)
     run = await drive(target, requests, Pace(None, None, 0), done=lambda _: None)
     if (problem := run.answers[0].problem) is not None:
         raise ServerError(f"the first request to {target.url} failed: {problem}")

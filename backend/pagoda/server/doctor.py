@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from pagoda.server import store
+from pagoda.server.settings import GRPC_PORT, HTTP_PORT, METRICS_PORT, PORT
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -31,7 +32,6 @@ MIB = 2**20
 
 OPTIONAL_PORT = "Triton HTTP"
 """Opened with --triton-http only: a service without it starts where the port is taken."""
-DEFAULT_PORTS: Mapping[str, int] = {"frontend": 9000, "Triton gRPC": 8001, "Triton metrics": 8002, OPTIONAL_PORT: 8000}
 CONTAINER_TRITON = Path("/opt/tritonserver")
 SUPPORTED_PYTHONS = ((3, 10), (3, 11), (3, 12))
 MIN_TORCH = (2, 11)
@@ -55,7 +55,14 @@ class Check:
             raise ValueError(f"{self.name} is {self.status} and has no remedy")
 
 
-def checks(ports: Mapping[str, int] = DEFAULT_PORTS) -> list[Check]:
+def service_ports(
+    frontend: int = PORT, grpc: int = GRPC_PORT, metrics: int = METRICS_PORT, http: int = HTTP_PORT
+) -> dict[str, int]:
+    """A service's ports by what they are for."""
+    return {"frontend": frontend, "Triton gRPC": grpc, "Triton metrics": metrics, OPTIONAL_PORT: http}
+
+
+def checks(ports: Mapping[str, int] | None = None) -> list[Check]:
     """Everything, in the order in which one would repair it. Takes about a second; never raises for what it finds."""
     wheel = wheel_triton()
     container = CONTAINER_TRITON.is_dir()
@@ -72,7 +79,7 @@ def checks(ports: Mapping[str, int] = DEFAULT_PORTS) -> list[Check]:
         shared_memory(_free_bytes(Path("/dev/shm"))),
         disk(_free_bytes(store.home()), store.home(), has_default=(store.models_dir() / store.DEFAULT_MODEL).exists()),
         open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-        *(port(name, number) for name, number in ports.items()),
+        *(port(name, number) for name, number in (service_ports() if ports is None else ports).items()),
         models(store.list_models()),
     ]
 

@@ -7,11 +7,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
 from pagoda.errors import ConfigError
 from pagoda.server import store
+
+PORT, GRPC_PORT, METRICS_PORT, HTTP_PORT = 9000, 8001, 8002, 8000
+"""Of the OpenAI frontend, and of Triton's gRPC, metrics and HTTP, unless others are asked for."""
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,10 +27,10 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     hide_gpus: bool = False
     """tritonserver itself sees no GPU; the engines do."""
     host: str = "127.0.0.1"
-    port: int = 9000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    http_port: int = 8000
+    port: int = PORT
+    grpc_port: int = GRPC_PORT
+    metrics_port: int = METRICS_PORT
+    http_port: int = HTTP_PORT
     triton_http: bool = False
     """Open Triton's own HTTP port, on loopback."""
     workers: int = 2
@@ -75,20 +79,23 @@ def holding(run_folder: Path) -> Iterator[None]:
 
     A lock and not a process id tells: in a container every start has the same one.
     """
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "lock").touch()
-    except OSError as error:
-        raise ConfigError(
-            f"run_folder = {str(run_folder)!r} cannot be written: {error.strerror}; "
-            "give a folder of yours with --run-folder, or set PAGODA_HOME to one"
-        ) from None
-    with open(run_folder / "lock", "w") as file:
+    with _open_lock(run_folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"a service already runs from {run_folder}: `pagoda stop` ends it") from None
         yield
+
+
+def _open_lock(run_folder: Path) -> TextIO:
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        return open(run_folder / "lock", "w")
+    except OSError as error:
+        raise ConfigError(
+            f"run_folder = {str(run_folder)!r} cannot be written: {error.strerror}; "
+            "give a folder of yours with --run-folder, or set PAGODA_HOME to one"
+        ) from None
 
 
 def _is_held(run_folder: Path) -> bool:
@@ -108,8 +115,16 @@ def write_instance(run_folder: Path, instance: Instance) -> None:
 
 def read_instance(run_folder: Path) -> Instance | None:
     """The service that runs from this folder, or None. A file left by a dead one counts as none."""
+    instance = written_instance(run_folder)
     try:
-        instance = msgspec.json.decode(instance_file(run_folder).read_bytes(), type=Instance)
-        return instance if _is_held(run_folder) else None
+        return instance if instance is not None and _is_held(run_folder) else None
+    except OSError:
+        return None
+
+
+def written_instance(run_folder: Path) -> Instance | None:
+    """What the file says, or None. To whoever is `holding` the folder, that is a service that was killed."""
+    try:
+        return msgspec.json.decode(instance_file(run_folder).read_bytes(), type=Instance)
     except (OSError, msgspec.MsgspecError):
         return None

@@ -30,7 +30,7 @@ from pagoda.errors import ConfigError
 from pagoda.registry import LOST_SILENCE, Registry
 from pagoda.server.doctor import port_owner
 from pagoda.server.processes import FrontendWorker, TritonServer, sweep_regions
-from pagoda.server.settings import Instance, ServeSettings, holding, instance_file, read_instance, write_instance
+from pagoda.server.settings import Instance, ServeSettings, holding, instance_file, write_instance, written_instance
 from pagoda.server.triton_runtime import assemble
 from pagoda.triton_client import Triton
 
@@ -59,7 +59,7 @@ class Supervisor:
     async def run(self) -> None:
         """Serve until a signal. Raises ConfigError when the service cannot start."""
         with holding(self.settings.run_folder):
-            if (killed := read_instance(self.settings.run_folder)) is not None:
+            if (killed := written_instance(self.settings.run_folder)) is not None:
                 sweep_regions(Path(killed.scratch))
                 shutil.rmtree(killed.scratch, ignore_errors=True)
             await self._run()

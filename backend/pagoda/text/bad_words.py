@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pagoda import sampling_params
 from pagoda.errors import InvalidRequest
+from pagoda.sampling_params import Structure
 from pagoda.text.tokenizer import Tokenizer
 
 MAX_WORDS = sampling_params.MAX_BAD_WORDS // 2
@@ -13,12 +14,18 @@ MAX_WORDS = sampling_params.MAX_BAD_WORDS // 2
 MAX_WORD_CHARS = 256
 
 
-def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def bad_word_ids(
+    tokenizer: Tokenizer, words: Sequence[str] | None, structure: Structure | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Token sequences of `words`, each at a text's beginning and after a space, where that differs.
 
     A word spelled by other tokens, or inside another word, is not found by them; neither does vLLM find it.
-    Raises InvalidRequest for too many words, or one empty, too long, or not Unicode.
+    Raises InvalidRequest for too many words, or one empty, too long, or not Unicode, and for any beside a structure,
+    while they can be shown as the client wrote them.
     """
+    if structure is not None:
+        sampling_params.check_beside_structure("bad_words", words)
+    words = words or ()
     if len(words) > MAX_WORDS:
         raise InvalidRequest(
             f"bad_words holds {len(words)} strings; the most allowed is {MAX_WORDS}", field="bad_words"

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pagoda.errors import InvalidRequest
-from pagoda.sampling_params import RANGES, SamplingParams, check_beside_structure, check_range, check_request, require
+from pagoda.sampling_params import RANGES, SamplingParams, check_range, check_request, require
 from pagoda.text.bad_words import bad_word_ids
 from pagoda.text.structured_outputs import structure_of
 from pagoda.text.tokenizer import Tokenizer
@@ -115,8 +115,6 @@ def _logprobs(given: _Given, request: TextRequest, *, ranked: bool) -> int | Non
 def _sampling(given: _Given, tokenizer: Tokenizer, logprobs: int | None) -> SamplingParams:
     outputs = given.structured_outputs
     structure = structure_of(None, _object(outputs, "structured_outputs") if isinstance(outputs, str) else outputs)
-    if structure is not None:  # here the words are still those of the client
-        check_beside_structure("bad_words", given.bad_words)
     return SamplingParams(
         max_tokens=given.max_tokens,
         temperature=given.temperature,
@@ -132,7 +130,7 @@ def _sampling(given: _Given, tokenizer: Tokenizer, logprobs: int | None) -> Samp
         repetition_penalty=given.repetition_penalty,
         logit_bias=given.logit_bias or {},
         allowed_token_ids=None if given.allowed_token_ids is None else tuple(given.allowed_token_ids),
-        bad_words=bad_word_ids(tokenizer, given.bad_words or ()),
+        bad_words=bad_word_ids(tokenizer, given.bad_words, structure),
         logprobs=logprobs,
         prompt_logprobs=given.prompt_logprobs,
         structure=structure,
